@@ -1,0 +1,15 @@
+"""Fused sampling for reward-guided decoding. Needs torch alone.
+
+`guided_step` draws a token a row from softmax(base + sum of weight_i * ARM_i); `guided_log_softmax` gives the whole
+distribution; `run_concurrently` runs the models' forward passes side by side.
+"""
+
+from importlib.metadata import version
+
+from .backends import available_backends
+from .guided_log_softmax import guided_log_softmax
+from .guided_step import GuidedStep, guided_step
+from .streams import run_concurrently
+
+__version__ = version("genarm-kernels")
+__all__ = ["GuidedStep", "available_backends", "guided_log_softmax", "guided_step", "run_concurrently"]

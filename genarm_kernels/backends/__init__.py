@@ -1,0 +1,46 @@
+"""Which backends there are, which can run here, and why one cannot."""
+
+import functools
+import importlib.util
+from types import ModuleType
+
+# Fastest last: "auto" takes the last one that can run on the operands' device.
+NAMES = ("reference", "cpu", "triton", "cuda")
+_DEVICES = {"cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
+
+
+@functools.cache
+def why_unavailable(name: str) -> str | None:
+    """None when the backend can run on this machine, otherwise the reason in words."""
+    if importlib.util.find_spec(f"{__name__}.{name}") is None:
+        return "not part of this version"
+    return None
+
+
+def available_backends() -> tuple[str, ...]:
+    """The backends that can run on this machine, the plainest first.
+
+    >>> "reference" in available_backends()
+    True
+    """
+    return tuple(name for name in NAMES if why_unavailable(name) is None)
+
+
+@functools.cache
+def load(name: str, device_type: str) -> ModuleType:
+    """The module of "auto" or a named backend: the operators with their arguments less `backend`.
+
+    A named backend is never replaced by another: RuntimeError when it cannot run.
+    """
+    if name == "auto":
+        name = [name for name in available_backends() if _serves(name, device_type)][-1]
+    reason = why_unavailable(name)
+    if reason is None and not _serves(name, device_type):
+        reason = f"the operands are on {device_type!r}"
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} cannot run: {reason}; available here: {', '.join(available_backends())}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def _serves(name: str, device_type: str) -> bool:
+    return device_type in _DEVICES.get(name, (device_type,))

@@ -1,0 +1,100 @@
+"""The registered operators: one schema, one fake and one implementation each, under `torch.ops.genarm_kernels`.
+
+A parameter travels as a number and an optional tensor `*_rows` that overrides it row by row, so that a call with Python
+numbers launches nothing to carry them to the device. Fields that `logprobs=False` leaves out are empty tensors here.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+
+_LIBRARY = torch.library.Library("genarm_kernels", "DEF")
+
+_LIBRARY.define(
+    "guided_step(Tensor base_logits, Tensor[] arm_logits, float[] weights, Tensor? weights_rows,"
+    " float base_weight, Tensor? base_weight_rows, float temperature, Tensor? temperature_rows,"
+    " int top_k, Tensor? top_k_rows, float top_p, Tensor? top_p_rows, float min_p, Tensor? min_p_rows,"
+    " int seed, Tensor? seed_rows, int position, Tensor? position_rows,"
+    " Tensor? token_mask, int vocab_size, bool logprobs, str backend)"
+    " -> (Tensor token, Tensor logprob, Tensor log_mass, Tensor kept,"
+    " Tensor base_logprob, Tensor arm_logprobs, Tensor status)"
+)
+_LIBRARY.define(
+    "guided_log_softmax(Tensor base_logits, Tensor[] arm_logits, float[] weights, Tensor? weights_rows,"
+    " float base_weight, Tensor? base_weight_rows, float temperature, Tensor? temperature_rows,"
+    " Tensor? token_mask, int vocab_size, str backend) -> Tensor"
+)
+
+guided_step = torch.ops.genarm_kernels.guided_step.default
+guided_log_softmax = torch.ops.genarm_kernels.guided_log_softmax.default
+
+
+@torch.library.impl(_LIBRARY, "guided_step", "CompositeExplicitAutograd")
+def _guided_step(base_logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return backends.load(args[-1], base_logits.device.type).guided_step(base_logits, *args[:-1])
+
+
+@torch.library.register_fake("genarm_kernels::guided_step", lib=_LIBRARY)
+def _guided_step_fake(base_logits: Tensor, arm_logits: list[Tensor], *args: Any) -> tuple[Tensor, ...]:
+    rows, logprobs = base_logits.shape[0], args[-2]
+
+    def field(dtype: torch.dtype, *shape: int) -> Tensor:
+        return base_logits.new_empty(shape, dtype=dtype)
+
+    def float_field(*shape: int) -> Tensor:
+        return field(torch.float32, *shape) if logprobs else field(torch.float32, 0)
+
+    return (
+        field(torch.int64, rows),
+        float_field(rows),
+        float_field(rows),
+        field(torch.int32, rows),
+        float_field(rows),
+        float_field(rows, len(arm_logits)),
+        field(torch.int32, rows),
+    )
+
+
+@torch.library.impl(_LIBRARY, "guided_log_softmax", "CompositeExplicitAutograd")
+def _guided_log_softmax(base_logits: Tensor, *args: Any) -> Tensor:
+    return backends.load(args[-1], base_logits.device.type).guided_log_softmax(base_logits, *args[:-1])
+
+
+@torch.library.register_fake("genarm_kernels::guided_log_softmax", lib=_LIBRARY)
+def _guided_log_softmax_fake(base_logits: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(base_logits, dtype=torch.float32, memory_format=torch.contiguous_format)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    arms, weights, weights_rows, base_weight, base_weight_rows, temperature, temperature_rows = inputs[1:8]
+    rows = [base_weight_rows, weights_rows, temperature_rows]
+    ctx.numbers = (base_weight, weights, temperature)
+    ctx.present = [tensor is not None for tensor in rows]
+    ctx.operands = [(x.shape[1], x.dtype) for x in (inputs[0], *arms)]
+    ctx.save_for_backward(output, *(tensor for tensor in rows if tensor is not None))
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """d log p / dz is (1 - p) / temperature on the allowed tokens, and dz / dx_i the operand's weight."""
+    logp, *saved = ctx.saved_tensors
+    base_weight_rows, weights_rows, temperature_rows = [saved.pop(0) if there else None for there in ctx.present]
+    base_weight, weights, temperature = ctx.numbers
+
+    grad = grad.where(logp != -torch.inf, 0.0)
+    grad_z = grad - logp.exp() * grad.sum(1, keepdim=True)
+    grad_z = grad_z / (temperature if temperature_rows is None else temperature_rows[:, None])
+    coefficients = [base_weight if base_weight_rows is None else base_weight_rows[:, None]]
+    coefficients += weights if weights_rows is None else weights_rows[:, :, None].unbind(1)
+    grads = [
+        torch.nn.functional.pad(coefficient * grad_z, (0, width - grad_z.shape[1])).to(dtype)
+        for coefficient, (width, dtype) in zip(coefficients, ctx.operands, strict=True)
+    ]
+    return grads[0], grads[1:], [None] * len(weights), *[None] * 8
+
+
+torch.library.register_autograd(
+    "genarm_kernels::guided_log_softmax", _backward, setup_context=_save_for_backward, lib=_LIBRARY
+)

@@ -1,0 +1,188 @@
+"""The law: guided sampling in plain PyTorch. Every other backend must give what this file gives.
+
+What the contract leaves open is decided here, in words:
+
+- z is a float32 number: `acc = fma(weight, x, acc)` for every operand in use, in the order base, ARM 1, ARM 2, ...,
+  from acc = 0, weights rounded to float32. "Equal in z" means equal as such numbers: ties are the same everywhere.
+- A z that leaves float32's range at an allowed token makes the row bad (status 1), as an infinite operand would.
+- Everything behind z is computed in float64 and returned as float32.
+- A row that uses no operand at all (every weight 0) is uniform over the tokens that its mask allows.
+- A bad parameter of a row in a tensor wins over "no allowed token": status 1.
+- top_p and min_p are rounded to float32, like every parameter; comparisons with them are made in float64.
+
+Rows are `B`, ARMs `N`, the vocabulary (already cut to vocab_size) `V`, its tiles `T`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from . import rng
+
+DRAWN, BAD_ROW, NO_ALLOWED_TOKEN = 0, 1, 2
+_INF = float("inf")
+
+
+def guided_step(
+    base_logits: Tensor,
+    arm_logits: Sequence[Tensor],
+    weights: Tensor,
+    base_weight: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    token_mask: Tensor | None,
+    vocab_size: int,
+    filtered: bool,
+    logprobs: bool,
+) -> tuple[Tensor, ...]:
+    """The fields of `GuidedStep` in their order; parameters are `[B]` (weights `[B, N]`), float32 or int64.
+
+    `filtered=False` promises that every row has its filters off, which spares the sort.
+    """
+    operands = [base_logits, *arm_logits]
+    z, allowed, bad = combine(operands, _coefficients(base_weight, weights), token_mask, vocab_size)
+    valid = (temperature >= 0) & (temperature < _INF) & (top_p >= 0) & (top_p <= 1) & (min_p >= 0) & (min_p <= 1)
+    status = _status(allowed, bad | ~valid)
+    drawn = status == DRAWN
+
+    # Rows that are not drawn go through the same arithmetic as a harmless row of zeros and are overwritten at the end.
+    z = torch.where(drawn[:, None], z, 0.0)
+    greedy = drawn & (temperature == 0)
+    temperature = torch.where(drawn & ~greedy, temperature, 1.0).double()
+    scaled = (z.double() - z.max(1, keepdim=True).values.double()) / temperature[:, None]
+    p = scaled.exp()
+    log_total = _tiles(p, 0.0).sum(-1).sum(-1).log()
+
+    keep = _filter(z, p, top_k, top_p, min_p) if filtered else z > -_INF
+    token = torch.where(greedy, z.argmax(1), _draw(scaled.where(keep, -_INF), seed, position))
+    kept = torch.where(greedy, 1, keep.sum(1))
+
+    token = torch.where(drawn, token, -1)
+    kept = torch.where(drawn, kept, 0).int()
+    if not logprobs:
+        none = torch.empty(0, dtype=torch.float32, device=z.device)
+        return token, none, none, kept, none, none, status
+    log_mass = _tiles(p.where(keep, 0.0), 0.0).sum(-1).sum(-1).log() - log_total
+    logprob = _at(scaled, token) - log_total
+    own = torch.stack([_at(x[:, :vocab_size].double().log_softmax(1), token) for x in operands], 1)
+
+    def of_drawn(field: Tensor) -> Tensor:
+        return torch.where(drawn if field.dim() == 1 else drawn[:, None], field, torch.nan).float()
+
+    return (
+        token,
+        of_drawn(logprob),
+        of_drawn(torch.where(greedy, logprob, log_mass)),
+        kept,
+        of_drawn(own[:, 0]),
+        of_drawn(own[:, 1:]),
+        status,
+    )
+
+
+def guided_log_softmax(
+    base_logits: Tensor,
+    arm_logits: Sequence[Tensor],
+    weights: Tensor,
+    base_weight: Tensor,
+    temperature: Tensor,
+    token_mask: Tensor | None,
+    vocab_size: int,
+) -> Tensor:
+    """log p `[B, V]` of the guided distribution, float32, as wide as the base."""
+    z, allowed, bad = combine([base_logits, *arm_logits], _coefficients(base_weight, weights), token_mask, vocab_size)
+    status = _status(allowed, bad | ~((temperature > 0) & (temperature < _INF)))
+    z = torch.where((status == DRAWN)[:, None], z, 0.0)
+    temperature = torch.where(status == DRAWN, temperature, 1.0)
+    logp = ((z.double() - z.max(1, keepdim=True).values.double()) / temperature.double()[:, None]).log_softmax(1)
+    logp = pad(logp, (0, base_logits.shape[1] - vocab_size), value=-_INF)
+    logp = torch.where((status == NO_ALLOWED_TOKEN)[:, None], -_INF, logp)
+    return torch.where((status == BAD_ROW)[:, None], torch.nan, logp).float()
+
+
+def combine(
+    operands: Sequence[Tensor], coefficients: Tensor, token_mask: Tensor | None, vocab_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z `[B, V]` float32 (-inf where not allowed), allowed `[B, V]`, and bad `[B]`: rows with status 1.
+
+    `coefficients` is `[B, 1 + N]` float32. An operand whose coefficient is 0 is not looked at.
+    """
+    shape, device = (operands[0].shape[0], vocab_size), operands[0].device
+    blocked = torch.zeros(shape, dtype=torch.bool, device=device)
+    bad = torch.zeros_like(blocked)
+    in_mask = torch.ones_like(blocked) if token_mask is None else _unpack(token_mask, vocab_size)
+    z = torch.zeros(shape, dtype=torch.float32, device=device)
+    for operand, weight in zip(operands, coefficients.split(1, dim=1), strict=True):
+        x, in_use = operand[:, :vocab_size], weight != 0
+        blocked |= in_use & (x == -_INF)
+        bad |= in_use & (x.isnan() | (x == _INF))
+        # A product of two 24-bit numbers is exact in float64: the sum, rounded to float32, is a fused multiply-add.
+        z = torch.where(in_use, (z.double() + weight.double() * x.double()).float(), z)
+    allowed = in_mask & ~blocked
+    bad_row = (in_mask & bad).any(1) | (allowed & ~z.isfinite()).any(1) | ~coefficients.isfinite().all(1)
+    return z.where(allowed, -_INF), allowed, bad_row
+
+
+def _coefficients(base_weight: Tensor, weights: Tensor) -> Tensor:
+    return torch.cat([base_weight[:, None], weights], 1)
+
+
+def _status(allowed: Tensor, bad: Tensor) -> Tensor:
+    nothing = torch.where(allowed.any(1), DRAWN, NO_ALLOWED_TOKEN)
+    return torch.where(bad, BAD_ROW, nothing).int()
+
+
+def _unpack(token_mask: Tensor, vocab_size: int) -> Tensor:
+    """The bitmask `[B, W]` int32 as bools `[B, V]`."""
+    v = torch.arange(vocab_size, device=token_mask.device)
+    return (token_mask[:, v // 32] >> (v % 32) & 1).bool()
+
+
+def _filter(z: Tensor, p: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """The kept set `[B, V]`: top-k, then top-p on its mass, then min-p; p is relative to the largest, which has p = 1.
+
+    Sorted by falling z, `start` is where the group of equals of each token begins: the number of tokens above it.
+    """
+    z, order = z.sort(dim=1, descending=True, stable=True)
+    p = p.gather(1, order)
+    index = torch.arange(z.shape[1], device=z.device).expand_as(z)
+    new_group = pad(z[:, 1:] != z[:, :-1], (1, 0), value=True)
+    start = torch.where(new_group, index, 0).cummax(1).values
+    mass_above = pad(p.cumsum(1)[:, :-1], (1, 0)).gather(1, start)
+
+    in_top_k = (start < top_k[:, None]) | (top_k <= 0)[:, None]
+    top_k_mass = p.where(in_top_k, 0.0).sum(1, keepdim=True)
+    top_p, min_p = top_p.double()[:, None], min_p.double()[:, None]
+    in_top_p = (mass_above < top_p * top_k_mass) | (top_p >= 1)
+    keep = ((in_top_k & in_top_p & (p >= min_p)) | (start == 0)) & (z > -_INF)
+    return torch.zeros_like(keep).scatter(1, order, keep)
+
+
+def _draw(scaled: Tensor, seed: Tensor, position: Tensor) -> Tensor:
+    """One token a row from logits `[B, V]`, -inf where not kept: a tile by Gumbel-max, then a token by inverse CDF."""
+    tiles = _tiles(scaled, -_INF)
+    top = tiles.max(-1, keepdim=True).values
+    mass = torch.where(top > -_INF, (tiles - top).exp(), 0.0)
+    log_mass = mass.sum(-1).log() + top[..., 0]
+    tile_index = torch.arange(tiles.shape[1], device=scaled.device)
+    noise = rng.gumbel(seed[:, None], position[:, None], tile_index)
+    tile = (log_mass + noise).argmax(1)
+
+    cdf = mass[torch.arange(len(tile), device=tile.device), tile].cumsum(-1)
+    threshold = rng.uniform(seed, position) * cdf[:, -1]
+    return tile * rng.TILE + (cdf <= threshold[:, None]).sum(-1)
+
+
+def _tiles(x: Tensor, fill: float) -> Tensor:
+    """`[B, V]` as `[B, T, TILE]`. Sums go tile by tile, so that no row's depends on how many rows there are."""
+    return pad(x, (0, -x.shape[1] % rng.TILE), value=fill).unflatten(1, (-1, rng.TILE))
+
+
+def _at(x: Tensor, token: Tensor) -> Tensor:
+    return x.gather(1, token.clamp_min(0)[:, None])[:, 0]

@@ -1,0 +1,183 @@
+"""What a caller hands in, checked and brought to one form. Values inside tensors stay unread: that waits for a GPU."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .backends import NAMES
+
+OPERAND_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_FLOAT32 = torch.finfo(torch.float32).max
+ABOVE_ZERO = 2.0**-149  # the smallest float32: what is below would be rounded to 0
+
+# A parameter: the number that holds for every row, or the tensor that holds one a row.
+FloatRows: TypeAlias = tuple[float, Tensor | None]
+IntRows: TypeAlias = tuple[int, Tensor | None]
+
+
+class Operands(NamedTuple):
+    """The logits of one call: `base` and `arms` are matrices of B rows, `vocab_size` at most the width of each."""
+
+    base: Tensor
+    arms: list[Tensor]
+    vocab_size: int
+
+
+def operands(base_logits: Any, arm_logits: Any, vocab_size: Any) -> Operands:
+    """ValueError or TypeError unless the logits fit each other."""
+    base = _logits("base_logits", base_logits)
+    if isinstance(arm_logits, Tensor):
+        if arm_logits.dim() != 3:
+            raise ValueError(f"arm_logits: expected a sequence of [B, V] or one [N, B, V], got {_kind(arm_logits)}")
+        arms = list(arm_logits.unbind(0))
+    elif isinstance(arm_logits, Sequence) and not isinstance(arm_logits, str):
+        arms = list(arm_logits)
+    else:
+        raise TypeError(f"arm_logits: expected a sequence of tensors or one tensor, got {_kind(arm_logits)}")
+    widths = [base.shape[1]]
+    for i, arm in enumerate(arms):
+        name = f"arm_logits[{i}]"
+        _logits(name, arm)
+        if arm.shape[0] != base.shape[0]:
+            raise ValueError(f"{name}: expected {base.shape[0]} rows as in base_logits, got {arm.shape[0]}")
+        if arm.dtype != base.dtype or arm.device != base.device:
+            raise ValueError(f"{name}: expected {base.dtype} on {base.device} as base_logits, got {_kind(arm)}")
+        widths.append(arm.shape[1])
+
+    if vocab_size is None:
+        if any(width != widths[0] for width in widths):
+            raise ValueError(f"vocab_size: operands of different width need it, got None for widths {widths}")
+        return Operands(base, arms, widths[0])
+    vocab_size = _int("vocab_size", vocab_size)
+    if not 1 <= vocab_size <= min(widths):
+        raise ValueError(f"vocab_size: expected 1 to {min(widths)} (the narrowest operand), got {vocab_size}")
+    return Operands(base, arms, vocab_size)
+
+
+def weights(value: Any, base: Tensor, n_arms: int) -> tuple[list[float], Tensor | None]:
+    """N numbers, or a float32 tensor `[B, N]`, from a float, N floats, or a tensor `[N]` or `[B, N]`."""
+    rows, shape = base.shape[0], f"[{n_arms}] or [{base.shape[0]}, {n_arms}]"
+    if isinstance(value, Tensor):
+        _parameter_tensor("weights", value, base, floating=True)
+        if tuple(value.shape) not in ((), (n_arms,), (rows, n_arms)):
+            raise ValueError(f"weights: expected a tensor of shape {shape}, got {_kind(value)}")
+        return [], value.float().expand(rows, n_arms)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if len(value) != n_arms:
+            raise ValueError(f"weights: expected {n_arms} numbers, one for each ARM, got {len(value)}")
+        return [_float(f"weights[{i}]", w) for i, w in enumerate(value)], None
+    return [_float("weights", value)] * n_arms, None
+
+
+def float_rows(name: str, value: Any, base: Tensor, low: float = -math.inf, high: float = math.inf) -> FloatRows:
+    """A float parameter; a number must be finite and lie in [low, high]."""
+    if isinstance(value, Tensor):
+        return 0.0, _rows(name, value, base, floating=True).float()
+    value = _float(name, value)
+    if not low <= value <= high:
+        bounds = f"from {low:g} to {high:g}" if high < math.inf else "above 0" if low > 0 else f"at least {low:g}"
+        raise ValueError(f"{name}: expected a number {bounds}, got {value}")
+    return value, None
+
+
+def int_rows(name: str, value: Any, base: Tensor) -> IntRows:
+    """An int parameter that holds for every row, clamped to int64 (top_k: any int is a meaning)."""
+    if isinstance(value, Tensor):
+        return 0, _rows(name, value, base, floating=False).long()
+    return max(-(2**63), min(_int(name, value), 2**63 - 1)), None
+
+
+def counter_rows(name: str, value: Any, base: Tensor, per_row: bool = False) -> IntRows:
+    """A 64-bit parameter of the random numbers, wrapped to int64. `per_row`: a number s gives row b the value s + b."""
+    if isinstance(value, Tensor):
+        rows = _rows(name, value, base, floating=False).long()
+        if per_row and value.dim() == 0:
+            rows = rows + torch.arange(base.shape[0], device=base.device)
+        return 0, rows
+    value = _int(name, value)
+    if not -(2**63) <= value < 2**64:
+        raise ValueError(f"{name}: expected an integer from -2^63 to 2^64 - 1, got {value}")
+    return (value + 2**63) % 2**64 - 2**63, None
+
+
+def token_mask(value: Any, base: Tensor, vocab_size: int) -> Tensor | None:
+    """None, or the int32 bitmask `[B, W]` with W words enough for the vocabulary."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        raise TypeError(f"token_mask: expected an int32 tensor or None, got {_kind(value)}")
+    words = (vocab_size + 31) // 32
+    rows = base.shape[0]
+    if value.dtype != torch.int32 or value.dim() != 2 or value.shape[0] != rows or value.shape[1] < words:
+        raise ValueError(f"token_mask: expected torch.int32 [{rows}, >= {words}], got {_kind(value)}")
+    if value.device != base.device:
+        raise ValueError(f"token_mask: expected it on {base.device} as base_logits, got {_kind(value)}")
+    return value
+
+
+def backend(value: Any) -> str:
+    """ "auto", or the name of a backend whether or not it can run here."""
+    if not isinstance(value, str):
+        raise TypeError(f"backend: expected a str, got {_kind(value)}")
+    if value != "auto" and value not in NAMES:
+        raise ValueError(f"backend: expected 'auto' or one of {', '.join(NAMES)}, got {value!r}")
+    return value
+
+
+def flag(name: str, value: Any) -> bool:
+    """A bool, and nothing that merely looks like one."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {_kind(value)}")
+    return value
+
+
+def _logits(name: str, x: Any) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {_kind(x)}")
+    if x.dim() != 2 or x.shape[1] == 0:
+        raise ValueError(f"{name}: expected shape [B, V] with V >= 1, got {_kind(x)}")
+    if x.dtype not in OPERAND_DTYPES:
+        raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {_kind(x)}")
+    if x.shape[1] > 1 and x.stride(1) != 1:
+        raise ValueError(f"{name}: expected a contiguous last dimension, got strides {x.stride()}; call .contiguous()")
+    return x
+
+
+def _rows(name: str, value: Tensor, base: Tensor, floating: bool) -> Tensor:
+    rows = base.shape[0]
+    _parameter_tensor(name, value, base, floating)
+    if tuple(value.shape) not in ((), (rows,)):
+        raise ValueError(f"{name}: expected a number or a tensor of shape [{rows}], got {_kind(value)}")
+    return value.expand(rows)
+
+
+def _parameter_tensor(name: str, value: Tensor, base: Tensor, floating: bool) -> None:
+    if not (value.is_floating_point() if floating else value.dtype in (torch.int32, torch.int64)):
+        raise ValueError(f"{name}: expected {'a floating type' if floating else 'int32 or int64'}, got {_kind(value)}")
+    if value.device != base.device:
+        raise ValueError(f"{name}: expected it on {base.device} as base_logits, got {_kind(value)}")
+
+
+def _float(name: str, value: Any) -> float:
+    # bool is an int to Python; as a weight or temperature it is a mistake. NumPy's scalars convert by __float__.
+    if isinstance(value, (bool, str)) or not (isinstance(value, (float, int)) or hasattr(value, "__float__")):
+        raise TypeError(f"{name}: expected a number or a tensor, got {_kind(value)}")
+    value = float(value)
+    if not abs(value) <= _MAX_FLOAT32:
+        raise ValueError(f"{name}: expected a finite float32 number, got {value}")
+    return value
+
+
+def _int(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")):
+        raise TypeError(f"{name}: expected an int or an integer tensor, got {_kind(value)}")
+    return value.__index__()
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}" if isinstance(value, (str, int, float)) else type(value).__name__

@@ -1,0 +1,400 @@
+"""Training an autoregressive reward model (ARM) on preference pairs: GenARM, arXiv 2410.08193, section 4.1."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.nn import functional
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from genarm.errors import GenarmError
+from genarm.preferences import encode_preferences, read_preferences
+
+
+def response_logps(
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, response_mask: torch.Tensor
+) -> torch.Tensor:
+    """log pi(y | x) of each sequence: the sum over its response tokens only, in nats, without length normalisation.
+
+    The three tensors are (B, L); ``response_mask`` is True where ``input_ids`` holds a token of the response, never
+    in column 0. Returns (B,) float32, differentiable in the model's parameters.
+    """
+    logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1]
+    targets, mask = input_ids[:, 1:], response_mask[:, 1:]  # the logits at position t are for the token at t + 1
+    # Only the response's rows become float32: the whole (B, L, V) would be most of the memory.
+    logps = -functional.cross_entropy(logits[mask].float(), targets[mask], reduction="none")
+    return torch.zeros(mask.shape, device=logps.device).masked_scatter(mask, logps).sum(-1)
+
+
+def preference_loss(margins: torch.Tensor, beta: float) -> torch.Tensor:
+    """The mean over pairs of -log sigmoid(beta * (log pi_r(y_w | x) - log pi_r(y_l | x))): GenARM, eq. 5.
+
+    This is DPO's loss with the reference model's terms zero. ``margins`` are the (B,) differences of
+    log-probabilities in nats; the result is a scalar.
+
+    >>> preference_loss(torch.tensor([0.0, 0.0]), beta=0.05)
+    tensor(0.6931)
+    """
+    return -functional.logsigmoid(beta * margins).mean()
+
+
+def collate_pairs(pairs: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """A batch of B pairs as right-padded (2 B, L) ``input_ids``, ``attention_mask`` and ``response_mask``.
+
+    The first B sequences are prompt + chosen, the last B prompt + rejected. The padding's id is 0, which nothing
+    sees: attention is causal and the masks leave it out.
+    """
+    sequences = [(pair["prompt"], pair[key]) for key in ("chosen", "rejected") for pair in pairs]
+    shape = len(sequences), max(len(prompt) + len(response) for prompt, response in sequences)
+    input_ids, attention_mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    response_mask = torch.zeros(shape, dtype=torch.bool)
+    for row, (prompt, response) in enumerate(sequences):
+        length = len(prompt) + len(response)
+        input_ids[row, :length] = torch.tensor(prompt + response)
+        attention_mask[row, :length] = 1
+        response_mask[row, len(prompt) : length] = True
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "response_mask": response_mask}
+
+
+class ArmTrainer(Trainer):
+    """A ``transformers.Trainer`` whose batches are those of ``collate_pairs`` and whose loss is GenARM's."""
+
+    def __init__(self, *, beta: float, **kwargs: Any) -> None:
+        super().__init__(data_collator=collate_pairs, **kwargs)
+        self.beta = beta
+
+    def margins(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """log pi(y_w | x) - log pi(y_l | x) of the B pairs: (B,), in nats."""
+        chosen, rejected = response_logps(model, **batch).chunk(2)
+        return chosen - rejected
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        margins = self.margins(model, inputs)
+        loss = preference_loss(margins, self.beta)
+        return (loss, {"margins": margins}) if return_outputs else loss
+
+    @torch.no_grad()
+    def held_out_metrics(self) -> dict[str, float]:
+        """Loss, accuracy and margins on ``eval_dataset``; ``train_arm`` documents them."""
+        self.model.eval()
+        batches = self.get_eval_dataloader()
+        margins = torch.cat([self.margins(self.model, batch) for batch in batches])
+        metrics = {
+            "eval_loss": preference_loss(margins, self.beta).item(),
+            "preference_accuracy": (margins > 0).float().mean().item(),
+            "reward_margin": self.beta * margins.mean().item(),
+            "reward_margin_nats": margins.mean().item(),
+        }
+        self.log(dict(metrics))
+        return metrics
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        # Every step is logged, and before it is saved, so no checkpoint has seen a loss that is not finite.
+        for name, value in logs.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise GenarmError(
+                    f"training stopped: {name} is {value} at step {self.state.global_step}; "
+                    "a lower learning rate usually helps"
+                )
+        super().log(logs, *args, **kwargs)
+
+
+class _Progress(TrainerCallback):
+    """About twenty lines a run instead of a line per step."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_: Any) -> None:
+        if "loss" in logs and state.global_step % math.ceil(state.max_steps / 20) == 0:
+            self.console.print(f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}")
+
+
+def train_arm(
+    base: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    lora_r: int = 8,
+    beta: float = 0.05,
+    lr: float = 5e-4,
+    epochs: float = 1,
+    batch_size: int = 32,
+    max_length: int = 1024,
+    eval_fraction: float = 0.05,
+    resume: bool = False,
+    lora_alpha: int | None = None,
+    lora_dropout: float = 0.05,
+    warmup_steps: int | None = None,
+    gradient_accumulation_steps: int = 1,
+    save_steps: int | None = None,
+    bf16: bool = False,
+    seed: int = 0,
+    verbose: bool = True,
+) -> dict[str, Any]:
+    """Train an ARM on preference pairs by minimising eq. 5 of GenARM (arXiv 2410.08193); see ``preference_loss``.
+
+    The defaults are the paper's for HH-RLHF: LoRA of rank 8 on all linear layers, beta 0.05, learning rate 5e-4
+    (cosine, 100 steps of warm-up), one epoch of batches of 32 pairs.
+
+    Args:
+        base: folder or hub name of the causal language model to start from, with its tokenizer.
+        data: JSONL file of preferences, see ``genarm.preferences.read_preferences``.
+        out: folder for the result; it must be empty or new, or with ``resume`` hold the run to go on with.
+        lora_r: rank of the adapter; 0 trains all the weights.
+        beta: scale from nats to the logit of the preference.
+        batch_size: pairs per optimiser step, all accumulation steps together.
+        max_length: tokens of prompt and response; ``genarm.preferences.encode_preferences`` says what is cut.
+        eval_fraction: fraction of rows, drawn at random by ``seed``, that is held out: at least one row, or 0 for none.
+        resume: go on from the last checkpoint in ``out``; the loss curve is that of an uninterrupted run. A finished
+            run returns its metrics; a folder without a checkpoint starts from scratch.
+        lora_alpha: scale of the adapter; 2 * ``lora_r`` if not given.
+        warmup_steps: 100 if not given, but 10 % of the steps at most.
+        gradient_accumulation_steps: forward passes that a batch is split into, to save memory.
+        save_steps: steps between checkpoints; about ten a run if not given. The last two are kept until success.
+        bf16: compute in bfloat16; the weights stay float32, but for those that LoRA freezes.
+        seed: of the held-out rows, the adapter's initialisation, the order of the pairs and dropout.
+        verbose: print progress and a summary to stdout.
+
+    Returns:
+        The metrics, also in ``out/metrics.json``. On the held-out pairs: ``eval_loss``; ``preference_accuracy``, the
+        fraction with log pi_r(y_w | x) > log pi_r(y_l | x); ``reward_margin_nats``, the mean difference of the two;
+        ``reward_margin``, beta times that, dimensionless. Besides: ``train_loss`` (mean over all steps), ``steps``,
+        ``train_pairs``, ``eval_pairs``, ``prompts_truncated`` out of ``prompts``, ``responses_truncated`` out of
+        ``responses``.
+
+        ``out`` gets the adapter (or model) and tokenizer, ``log.jsonl`` with the loss of each step, and ``run.json``
+        with the settings.
+
+    Raises:
+        GenarmError: a setting, the data, the base or ``out`` cannot be used (before training starts), the run in
+            ``out`` has other settings, or a loss is not finite.
+
+    >>> train_arm("path/to/base", "prefs.jsonl", "arm", epochs=3)["preference_accuracy"]  # doctest: +SKIP
+    0.71
+    """
+    settings: dict[str, Any] = {
+        "base": str(base),
+        "data_sha256": "",
+        "lora_r": lora_r,
+        "lora_alpha": 2 * lora_r if lora_alpha is None else lora_alpha,
+        "lora_dropout": lora_dropout,
+        "beta": beta,
+        "lr": lr,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "warmup_steps": warmup_steps,
+        "max_length": max_length,
+        "eval_fraction": eval_fraction,
+        "bf16": bf16,
+        "seed": seed,
+    }
+    _check_settings(settings, save_steps)
+    for package in ["accelerate", *(["peft"] if lora_r else [])]:
+        if find_spec(package) is None:
+            raise GenarmError(f"training needs {package}: pip install 'genarm-kernels[train]'")
+
+    console = Console(quiet=not verbose, highlight=False)
+    rows = read_preferences(data)
+    settings["data_sha256"] = hashlib.sha256(Path(data).read_bytes()).hexdigest()
+    out = Path(out)
+    checkpoint = _open_run(out, settings, resume)
+    if resume and (out / "metrics.json").exists():
+        console.print(f"{out}: the run is finished")
+        _remove_checkpoints(out)
+        return json.loads((out / "metrics.json").read_text())
+    if resume:
+        console.print(f"going on from {checkpoint}" if checkpoint else f"{out}: no checkpoint yet, starting anew")
+
+    _check_base(str(base))
+    tokenizer = _load(AutoTokenizer, str(base))
+    pairs, counts = encode_preferences(rows, tokenizer, max_length)
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = max(1, round(eval_fraction * len(pairs))) if eval_fraction else 0
+    if held_out >= len(pairs):
+        raise GenarmError(f"{data}: {len(pairs)} rows, of which {held_out} are held out, leave none to train on")
+    eval_pairs, train_pairs = [pairs[i] for i in order[:held_out]], [pairs[i] for i in order[held_out:]]
+    console.print(f"{len(train_pairs)} pairs to train on, {len(eval_pairs)} held out")
+    console.print(
+        "truncated to {}: {prompts_truncated} of {prompts} prompts, {responses_truncated} of {responses} "
+        "responses".format(max_length, **counts)
+    )
+
+    set_seed(seed)  # the adapter's initialisation
+    dtype = torch.bfloat16 if bf16 and lora_r else torch.float32
+    model = _load(AutoModelForCausalLM, str(base), dtype=dtype)
+    _check_fits(model, pairs)
+    use_cache = model.config.use_cache  # the Trainer switches it off, and decoding would find it off
+    if lora_r:
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(
+            r=lora_r,
+            lora_alpha=settings["lora_alpha"],
+            lora_dropout=lora_dropout,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(model, lora)
+
+    _write_json(out / "run.json", settings)
+    steps = math.ceil(epochs * math.ceil(len(train_pairs) / batch_size))
+    arguments = TrainingArguments(
+        output_dir=str(out),
+        learning_rate=lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(100, steps // 10) if warmup_steps is None else warmup_steps,
+        num_train_epochs=epochs,
+        per_device_train_batch_size=batch_size // gradient_accumulation_steps,
+        per_device_eval_batch_size=batch_size // gradient_accumulation_steps,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        bf16=bf16,
+        seed=seed,
+        save_strategy="steps",
+        save_steps=math.ceil(steps / 10) if save_steps is None else save_steps,
+        save_total_limit=2,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it would replace a NaN by the mean of the losses before
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    arguments._n_gpu = 1  # on more the Trainer would use DataParallel and multiply the batch size
+    trainer = ArmTrainer(
+        beta=beta, model=model, args=arguments, train_dataset=train_pairs, eval_dataset=eval_pairs or None
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_Progress(console))
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    metrics: dict[str, Any] = {"train_loss": sum(losses) / len(losses), "steps": trainer.state.global_step}
+    metrics |= {"train_pairs": len(train_pairs), "eval_pairs": len(eval_pairs), **counts}
+    if eval_pairs:
+        metrics |= trainer.held_out_metrics()
+    model.config.use_cache = use_cache
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history))
+    _write_json(out / "metrics.json", metrics)  # last: it marks the run as finished
+    _remove_checkpoints(out)
+    table = Table("metric", "value", title=f"ARM in {out}")
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    console.print(table)
+    return metrics
+
+
+def _check_settings(settings: dict[str, Any], save_steps: int | None) -> None:
+    at_least = {"lora_r": 0, "lora_alpha": 0, "batch_size": 1, "gradient_accumulation_steps": 1, "max_length": 2}
+    at_least |= {"warmup_steps": 0, "save_steps": 1, "seed": 0}
+    for name, least in at_least.items():
+        value = save_steps if name == "save_steps" else settings[name]
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise GenarmError(f"{name} must be a whole number of at least {least}, not {value}")
+    for name in ("beta", "lr", "epochs"):
+        if not 0 < settings[name] < math.inf:
+            raise GenarmError(f"{name} must be a positive number, not {settings[name]}")
+    for name in ("eval_fraction", "lora_dropout"):
+        if not 0 <= settings[name] < 1:
+            raise GenarmError(f"{name} must be at least 0 and below 1, not {settings[name]}")
+    if settings["batch_size"] % settings["gradient_accumulation_steps"]:
+        raise GenarmError("batch_size must be a multiple of gradient_accumulation_steps")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise GenarmError("training runs in one process on one device; start it without torchrun")
+
+
+def _open_run(out: Path, settings: dict[str, Any], resume: bool) -> str | None:
+    """Make or check the folder of a run; the last complete checkpoint in it, if any."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        empty = not any(out.iterdir())
+    except OSError as error:
+        raise GenarmError(f"{out}: cannot be made: {error.strerror}") from error
+    if not os.access(out, os.W_OK):
+        raise GenarmError(f"{out}: cannot be written to")
+    if empty:
+        return None
+    if not (out / "run.json").exists():
+        raise GenarmError(f"{out}: is not empty and holds no training run; choose another folder")
+    if not resume:
+        raise GenarmError(f"{out}: holds a training run; go on with it by --resume, or choose another folder")
+    before = json.loads((out / "run.json").read_text())
+    if other := [
+        f"{name} was {before.get(name)}, is {new}" for name, new in settings.items() if before.get(name) != new
+    ]:
+        raise GenarmError(f"{out}: holds a run with other settings: {'; '.join(other)}")
+    steps = sorted((int(path.name.split("-")[1]) for path in out.glob("checkpoint-[0-9]*")), reverse=True)
+    return next((str(path) for step in steps if _complete(path := out / f"checkpoint-{step}")), None)
+
+
+def _complete(checkpoint: Path) -> bool:
+    """Whether the run was not killed while it wrote this: the Trainer writes trainer_state.json last."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _remove_checkpoints(out: Path) -> None:
+    for path in out.glob("checkpoint-[0-9]*"):
+        shutil.rmtree(path)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    """Atomically, since both files are also marks of how far a run came."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    part.replace(path)
+
+
+def _load(kind: Any, base: str, **kwargs: Any) -> Any:
+    try:
+        return kind.from_pretrained(base, **kwargs)
+    except (OSError, ValueError, ImportError) as error:
+        raise GenarmError(f"{base}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
+def _check_base(base: str) -> None:
+    if not Path(base).exists() and (base.count("/") != 1 or base[0] in "/.~"):  # else it may be a name on the hub
+        raise GenarmError(f"{base}: no such folder")
+    config = _load(AutoConfig, base)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise GenarmError(f"{base}: {config.model_type} is not a causal language model")
+
+
+def _check_fits(model: Any, pairs: list[dict[str, list[int]]]) -> None:
+    """The tokenizer's ids and the sequences' lengths against the model, which would fail obscurely in training."""
+    sequences = [pair["prompt"] + pair[key] for pair in pairs for key in ("chosen", "rejected")]
+    size, largest = model.get_input_embeddings().num_embeddings, max(map(max, sequences))
+    if largest >= size:
+        raise GenarmError(f"the tokenizer has the token {largest}, but the model only {size} tokens")
+    limit, longest = getattr(model.config, "max_position_embeddings", None), max(map(len, sequences))
+    if limit and longest > limit:
+        raise GenarmError(f"a sequence has {longest} tokens, but the model takes {limit}; lower --max-length")
