@@ -1,0 +1,27 @@
+"""GenARM on transformers models: guided decoding, ARM training, a small world with known rewards, a command line."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .decoder import GenerationResult, GuidedDecoder, GuidedStream, StreamEvent
+    from .errors import GenarmError
+    from .training import train_arm
+
+_HOME = {
+    "GenarmError": "errors",
+    "GenerationResult": "decoder",
+    "GuidedDecoder": "decoder",
+    "GuidedStream": "decoder",
+    "StreamEvent": "decoder",
+    "train_arm": "training",
+}
+__all__ = ["GenarmError", "GenerationResult", "GuidedDecoder", "GuidedStream", "StreamEvent", "train_arm"]
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: importing transformers takes seconds, which `genarm --help` should not.
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

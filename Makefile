@@ -1,0 +1,30 @@
+# The first call makes .venv. torch comes first and pinned: alone it is the CPU build where the machine's index has one,
+# and what depends on torch then takes it as it is.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow lint models
+
+demo: $(VENV)/ready
+	$(BIN)/python -m bench.demo
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -q
+
+test-slow: $(VENV)/ready
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+models: $(VENV)/ready
+	$(BIN)/python -m genarm.bundled
+
+$(VENV)/ready: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@

@@ -1,0 +1,177 @@
+"""Models and tokenizers from folders or the hub, and the check that they share a vocabulary."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from .errors import GenarmError
+
+Source = str | Path | torch.nn.Module
+
+
+class LoadedModel(NamedTuple):
+    """A causal language model, ready to decode, and its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+
+
+def load_base(source: Source, tokenizer: Any, device: str, dtype: str | torch.dtype) -> LoadedModel:
+    """The base from a folder, a hub name or a loaded model (whose tokenizer must then be given)."""
+    if isinstance(source, torch.nn.Module):
+        if tokenizer is None:
+            raise GenarmError("base: a loaded model needs its tokenizer: pass tokenizer=")
+        return LoadedModel(source.eval(), tokenizer)
+    return LoadedModel(_load_model("base", source, device, dtype), tokenizer or load_tokenizer("base", source))
+
+
+def load_arm(
+    name: str, source: Source, base: LoadedModel, tokenizer: Any, device: str, dtype: str | torch.dtype
+) -> LoadedModel:
+    """An ARM from a folder, a hub name or a loaded model, or a PEFT adapter of the base from a folder or the hub."""
+    label = f"ARM {name!r}"
+    if isinstance(source, torch.nn.Module):
+        return LoadedModel(source.eval(), tokenizer or base.tokenizer)
+    if (adapter := _adapter_config(source)) is not None:
+        own = (Path(adapter).parent / "tokenizer_config.json").is_file()
+        tokenizer = tokenizer or (load_tokenizer(label, source) if own else base.tokenizer)
+        return LoadedModel(_load_adapter(label, source, base.model), tokenizer)
+    return LoadedModel(_load_model(label, source, device, dtype), tokenizer or load_tokenizer(label, source))
+
+
+def load_tokenizer(label: str, source: str | Path) -> Any:
+    """The tokenizer of a folder or hub name; GenarmError when there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(str(source))
+    except (OSError, ValueError, KeyError) as error:
+        raise GenarmError(f"{label}: no tokenizer can be loaded from {str(source)!r}: {_first_line(error)}") from error
+
+
+def load_config(label: str, source: str | Path) -> Any:
+    """The configuration of a causal language model; GenarmError when the source is missing or holds something else."""
+    if _is_local(source) and not Path(source).is_dir():
+        raise GenarmError(f"{label}: no such folder: {str(source)!r}")
+    try:
+        config = AutoConfig.from_pretrained(str(source))
+    except (OSError, ValueError, KeyError) as error:
+        if Path(source).is_dir():
+            raise GenarmError(
+                f"{label}: {str(source)!r} holds no causal language model: no usable config.json"
+            ) from error
+        raise GenarmError(f"{label}: {str(source)!r} is no folder, and the hub gave: {_first_line(error)}") from error
+    known = {n.lower() for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for n in _as_tuple(names)}
+    architectures = config.architectures or []
+    if architectures and not any(architecture.lower() in known for architecture in architectures):
+        raise GenarmError(f"{label}: {str(source)!r} holds no causal language model but {', '.join(architectures)}")
+    return config
+
+
+def shared_vocabulary(base: LoadedModel, arms: Mapping[str, LoadedModel]) -> int:
+    """The number of tokens that every model scores and every tokenizer names; GenarmError where the names differ."""
+    names = {label: _strings(loaded.tokenizer) for label, loaded in [("base", base), *arms.items()]}
+    sizes = [1 + max(strings) for strings in names.values()]
+    size = min(sizes + [_width(loaded.model) for loaded in (base, *arms.values())])
+    for arm in arms:
+        for token in range(size):
+            ours, theirs = names["base"].get(token), names[arm].get(token)
+            if ours != theirs and None not in (ours, theirs):
+                raise GenarmError(
+                    f"ARM {arm!r}: its tokenizer differs from the base's: token {token} is {theirs!r}, not {ours!r}"
+                )
+    return size
+
+
+def resolve_device(device: str) -> str:
+    """ "auto" is a GPU where there is one."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise GenarmError(f"device {device!r} cannot be used: {_first_line(error)}") from error
+    return device
+
+
+def resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """ "auto" (as the checkpoint has it), a torch dtype, or the name of one."""
+    if dtype == "auto" or isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, str(dtype), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise GenarmError(f"dtype: expected 'auto', 'float32', 'bfloat16' or 'float16', got {dtype!r}")
+    return found
+
+
+def _load_model(label: str, source: str | Path, device: str, dtype: str | torch.dtype) -> Any:
+    config = load_config(label, source)
+    progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(source), config=config, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise GenarmError(f"{label}: {str(source)!r} cannot be loaded: {_first_line(error)}") from error
+    finally:
+        if progress:
+            logging.enable_progress_bar()
+    if info["missing_keys"]:  # transformers would decode with random weights in their place
+        missing = sorted(info["missing_keys"])
+        raise GenarmError(f"{label}: {str(source)!r} lacks {len(missing)} weights of its model, such as {missing[0]}")
+    return model.to(device).eval()
+
+
+def _load_adapter(label: str, source: str | Path, base: PreTrainedModel) -> Any:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise GenarmError(f"{label}: an adapter needs PEFT: pip install 'genarm-kernels[train]'") from error
+    # The copy shares every weight of the base: only the adapter's own take memory.
+    twin = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
+    try:
+        return PeftModel.from_pretrained(twin, str(source)).eval()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise GenarmError(
+            f"{label}: the adapter {str(source)!r} does not fit the base: {_first_line(error)}"
+        ) from error
+
+
+def _adapter_config(source: str | Path) -> str | None:
+    if _is_local(source):
+        path = Path(source) / "adapter_config.json"
+        return str(path) if path.is_file() else None
+    try:
+        return find_adapter_config_file(str(source))
+    except OSError:
+        return None  # the loader will say what is wrong
+
+
+def _is_local(source: str | Path) -> bool:
+    """A path rather than a hub name (`name` or `owner/name`)."""
+    return (
+        isinstance(source, Path) or Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
+    )
+
+
+def _strings(tokenizer: Any) -> dict[int, str]:
+    return {token: string for string, token in tokenizer.get_vocab().items()}
+
+
+def _width(model: Any) -> int:
+    head = model.get_output_embeddings()
+    return head.weight.shape[0] if head is not None else model.config.get_text_config().vocab_size
+
+
+def _as_tuple(names: Any) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,355 @@
+"""GuidedDecoder on small models of several architectures, against an independent loop."""
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from genarm import GenarmError, GuidedDecoder, bundled, world
+from genarm.text import TextStream
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+PROMPTS = ["a", "How do I sleep better?", "Tell me about bread, please, and be quick.", "ok then", "é" * 9]
+
+
+def byte_tokenizer(*extra, chat_template=None):
+    tokens = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *extra]
+    bpe = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", chat_template=chat_template)
+
+
+SMALL = {
+    "llama": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "qwen3": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "num_key_value_heads": 1, "head_dim": 16},
+    "mistral": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+                "num_key_value_heads": 1, "sliding_window": 16},
+    "gemma2": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+               "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 16},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128},
+    "opt": {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "word_embed_proj_dim": 32},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 2},
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+}  # fmt: skip
+
+
+def make_model(kind="llama", seed=0, vocab_size=258, **changes):
+    """A random model with logits spread enough that float noise decides no token."""
+    torch.manual_seed(seed)
+    sizes = {"max_position_embeddings": 256, **SMALL[kind], **changes}
+    config = AutoConfig.for_model(kind, vocab_size=vocab_size, bos_token_id=0, eos_token_id=1, pad_token_id=0, **sizes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(40 if kind != "gpt2" else 20)
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def decoder(tokenizer):
+    return GuidedDecoder(make_model(), tokenizer, {"a": make_model(seed=1), "b": make_model(seed=2)})
+
+
+CHATS = [[{"role": "user", "content": prompt}] for prompt in world.sample_prompts(12, seed=3)]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """The bundled models, which write text that ends."""
+    return GuidedDecoder.from_pretrained(bundled.path("base"), {name: bundled.path(name) for name in world.ATTRIBUTES})
+
+
+def forward_of(model):
+    @torch.no_grad()
+    def forward(ids):
+        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].numpy()
+
+    return forward
+
+
+def expected(decoder, models_, prompt_ids, weights, steps, **options):
+    return oracle.decode(
+        [forward_of(model) for model in models_], prompt_ids, weights, steps,
+        vocab_size=decoder.vocab_size, eos=(1,), **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SMALL)
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9, "top_k": 40}])
+def test_equals_a_loop_without_cache_or_batch(tokenizer, kind, sampling):
+    """5 ragged prompts; 64 tokens; the sampled ones with a seed of their own each."""
+    models_ = [make_model(kind), make_model(seed=1), make_model(kind, seed=2)]
+    decoder = GuidedDecoder(models_[0], tokenizer, {"a": models_[1], "b": models_[2]})
+    result = decoder.generate(PROMPTS, weights={"a": 0.7, "b": -0.4}, max_new_tokens=64, seed=11, **sampling)
+    for b, prompt in enumerate(PROMPTS):
+        ids = tokenizer(prompt)["input_ids"]
+        assert result.tokens[b] == expected(decoder, models_, [ids] * 3, [0.7, -0.4], 64, seed=11 + b, **sampling)
+
+
+def test_per_prompt_parameters_equal_separate_calls(decoder):
+    each = {
+        "weights": [{"a": 1.5}, {"b": -0.5, "a": 0.0}, {"a": 2.0, "b": 2.0}, {}, {"b": 1.0}],
+        "max_new_tokens": [3, 30, 12, 20, 1],
+        "temperature": [0.0, 0.7, 1.0, 1.4, 0.9],
+        "top_k": [0, 5, 0, 40, 3],
+        "top_p": [1.0, 0.9, 0.5, 1.0, 0.8],
+        "min_p": [0.0, 0.1, 0.0, 0.02, 0.0],
+        "seed": [5, 5, 2**63 - 1, -4, 0],
+    }
+    together = decoder.generate(PROMPTS, **each)
+    for b, prompt in enumerate(PROMPTS):
+        alone = decoder.generate(prompt, **{name: values[b] for name, values in each.items()})
+        assert together.tokens[b] == alone.tokens[0]
+        assert together.texts[b] == alone.texts[0]
+        np.testing.assert_allclose(together.logprobs[b], alone.logprobs[0], atol=1e-4)
+    by_column = {"a": [1.5, 0.0, 2.0, 0.0, 0.0], "b": [0.0, -0.5, 2.0, 0.0, 1.0]}
+    assert decoder.generate(PROMPTS, **{**each, "weights": by_column}).tokens == together.tokens
+
+
+def test_rewards_and_logprobs_are_the_models_own(decoder, tokenizer):
+    prompt = PROMPTS[1]
+    result = decoder.generate(prompt, weights={"a": 0.5}, max_new_tokens=12, temperature=0.7, seed=3)
+    ids = tokenizer(prompt)["input_ids"] + result.tokens[0]
+    n = len(result.tokens[0])
+    logits = [
+        model(torch.tensor([ids])).logits[0, -n - 1 : -1].double() for model in map(make_model, ["llama"] * 3, range(3))
+    ]
+    drawn = torch.tensor(result.tokens[0])[:, None]
+
+    def picked(x):
+        return x.log_softmax(-1).gather(1, drawn)[:, 0].detach().numpy()
+
+    np.testing.assert_allclose(result.base_logprobs[0], picked(logits[0]), atol=1e-4)
+    np.testing.assert_allclose(result.rewards["a"][0], picked(logits[1]), atol=1e-4)
+    np.testing.assert_allclose(result.rewards["b"][0], picked(logits[2]), atol=1e-4)  # weight 0 still reports
+    np.testing.assert_allclose(result.logprobs[0], picked((logits[0] + 0.5 * logits[1]) / 0.7), atol=1e-4)
+
+
+def test_arm_prompts_share_only_the_continuation(decoder, tokenizer):
+    own = ["Judge this. " + prompt for prompt in PROMPTS]
+    result = decoder.generate(PROMPTS, arm_prompts={"b": own}, weights={"a": 0.0, "b": 1.0}, max_new_tokens=16, seed=2)
+    models_ = [make_model(), make_model(seed=1), make_model(seed=2)]
+    for b in range(len(PROMPTS)):
+        ids = [tokenizer(text)["input_ids"] for text in (PROMPTS[b], PROMPTS[b], own[b])]
+        assert result.tokens[b] == expected(decoder, models_, ids, [0.0, 1.0], 16, seed=2 + b)
+
+
+def test_eos_ends_a_row_and_not_its_neighbours(trained):
+    eos = trained.tokenizer.eos_token_id
+    result = trained.generate(messages=CHATS, max_new_tokens=40, seed=1)
+    assert {"eos", "length"} == set(result.finish_reasons)
+    for text, tokens, reason in zip(result.texts, result.tokens, result.finish_reasons, strict=True):
+        assert (tokens[-1] == eos) == (reason == "eos")
+        assert eos not in tokens[:-1]
+        assert trained.tokenizer.eos_token not in text
+        assert reason == "eos" or len(tokens) == 40
+
+
+def test_several_eos_ids_of_the_generation_config(tokenizer):
+    model = make_model()
+    plain = GuidedDecoder(model, tokenizer).generate("a", max_new_tokens=20, temperature=0.0)
+    model.generation_config.eos_token_id = [1, plain.tokens[0][4]]
+    result = GuidedDecoder(model, tokenizer).generate("a", max_new_tokens=20, temperature=0.0)
+    first = plain.tokens[0].index(plain.tokens[0][4])
+    assert result.tokens[0] == plain.tokens[0][: first + 1]
+    assert result.finish_reasons == ["eos"]
+
+
+def test_stop_strings_span_tokens(trained):
+    whole = trained.generate(messages=CHATS, max_new_tokens=40, seed=7)
+    stops = [text[n : n + 5] for n, text in enumerate(whole.texts, start=20)]
+    result = trained.generate(messages=CHATS, max_new_tokens=40, seed=7, stop=stops)
+    for b, text in enumerate(whole.texts):
+        cut = min(text.find(stop) for stop in stops if stop in text)
+        assert result.texts[b] == text[:cut]
+        assert result.finish_reasons[b] == "stop"
+        n = len(result.tokens[b])
+        assert result.tokens[b] == whole.tokens[b][:n]
+        shorter = trained.tokenizer.decode(whole.tokens[b][: n - 1], skip_special_tokens=True)
+        assert not any(stop in shorter for stop in stops)  # ended at the first token that could end it
+
+
+def test_text_stream_joins_bytes_and_holds_back_possible_stops():
+    tokenizer = byte_tokenizer()
+    stream = TextStream(tokenizer, tokenizer("x")["input_ids"], stop=["END", "Nie"])
+    shown = [stream.push(token) for token in tokenizer("aéE€ENxNEND..")["input_ids"]]
+    assert (
+        shown == ["a", "", "é", "", "", "", "E€", "", "", "ENx", "", "", "N", "", ""][: len(shown)]
+        or "".join(shown) == "aéE€ENxN"
+    )
+    assert "".join(shown) == "aéE€ENxN" == stream.text
+    assert stream.stopped
+    stream = TextStream(tokenizer, [], stop=["END"])
+    shown = [stream.push(token) for token in tokenizer("aEN")["input_ids"]]
+    assert shown == ["a", "", "é", "", "", "", "E€", "", "", "ENx", "", "N", "", "", "", ""]
+    assert "".join(shown) == "aéE€ENxN" == stream.text
+    assert stream.stopped
+    stream = TextStream(tokenizer, [], stop=["END"])
+    shown = [stream.push(token) for token in tokenizer("aEN")["input_ids"]]
+    assert shown == ["a", "", ""]
+    assert stream.push(last=True) == "EN"
+
+
+def test_stream_gives_what_generate_gives(decoder):
+    options = {
+        "weights": {"a": 0.5, "b": 0.5},
+        "max_new_tokens": 25,
+        "temperature": 0.8,
+        "seed": 9,
+        "stop": ["q", "é!"],
+    }
+    result = decoder.generate(PROMPTS[2], **options)
+    events = list(decoder.stream(PROMPTS[2], **options))
+    assert [event.token for event in events] == result.tokens[0]
+    assert "".join(event.text for event in events) == result.texts[0]
+    assert [event.rewards["b"] for event in events] == pytest.approx(result.rewards["b"][0], abs=1e-4)
+    assert [event.finish_reason for event in events] == [None] * (len(events) - 1) + result.finish_reasons
+
+
+def test_weights_changed_while_streaming(decoder, tokenizer):
+    ids = tokenizer(PROMPTS[1])["input_ids"]
+    models_ = [make_model(), make_model(seed=1), make_model(seed=2)]
+    stream = decoder.stream(PROMPTS[1], weights={"a": 2.0, "b": 1.0}, max_new_tokens=12, temperature=0.0)
+    tokens = [next(stream).token for _ in range(6)]
+    stream.set_weights({"a": -2.0})  # b keeps its weight
+    tokens += [event.token for event in stream]
+    first = expected(decoder, models_, [ids] * 3, [2.0, 1.0], 6, temperature=0.0)
+    rest = expected(decoder, models_, [ids + first] * 3, [-2.0, 1.0], 6, temperature=0.0)
+    assert tokens == first + rest
+    with pytest.raises(GenarmError, match="'c'"):
+        stream.set_weights({"c": 1.0})
+
+
+def test_operands_of_different_width(tokenizer):
+    """Padding columns of either model are never drawn, however likely."""
+    base, arm = make_model(vocab_size=300), make_model(seed=1, vocab_size=280)
+    with torch.no_grad():
+        base.lm_head.weight[258:] *= 100
+    decoder = GuidedDecoder(base, tokenizer, {"a": arm})
+    assert decoder.vocab_size == 258
+    result = decoder.generate(PROMPTS, max_new_tokens=20)
+    assert max(map(max, result.tokens)) < 258
+
+
+def test_tokenizers_that_differ_are_named(tokenizer):
+    swapped = byte_tokenizer()
+    vocab = swapped.get_vocab()
+    ids = sorted(vocab, key=vocab.get)
+    ids[70], ids[71] = ids[71], ids[70]
+    bpe = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(ids)}, merges=[]))
+    other = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+    with pytest.raises(GenarmError, match=r"ARM 'a'.*token 70 is"):
+        GuidedDecoder(make_model(), tokenizer, {"a": make_model()}, arm_tokenizers={"a": other})
+    wider = byte_tokenizer("<more>")  # as released ARMs have it: one token more
+    assert GuidedDecoder(make_model(), tokenizer, {"a": make_model()}, arm_tokenizers={"a": wider}).vocab_size == 258
+
+
+def test_messages_need_a_template_and_equal_its_text(decoder):
+    chat = [{"role": "user", "content": "hi"}]
+    with pytest.raises(GenarmError, match="no chat template"):
+        decoder.generate(messages=chat)
+    template = (
+        "<s>{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}>{% endif %}"
+    )
+    chatting = GuidedDecoder(make_model(), byte_tokenizer(chat_template=template), {"a": make_model(seed=1)})
+    one = chatting.generate(messages=chat, max_new_tokens=10)
+    assert one.tokens == chatting.generate("<s>[user]hi>", max_new_tokens=10).tokens
+    assert chatting.generate(messages=[chat, chat], max_new_tokens=10, seed=[0, 0]).tokens == one.tokens * 2
+
+
+def test_adapter_folder_shares_the_base_and_equals_a_merged_copy(tokenizer, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    make_model().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    torch.manual_seed(5)
+    trained = get_peft_model(make_model(), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    trained.save_pretrained(tmp_path / "arm")
+    decoder = GuidedDecoder.from_pretrained(tmp_path / "base", {"a": tmp_path / "arm"}, device="cpu")
+    result = decoder.generate(PROMPTS, weights={"a": 1.0}, max_new_tokens=12, seed=1)
+    merged = GuidedDecoder(make_model(), tokenizer, {"a": trained.merge_and_unload()})
+    assert result.tokens == merged.generate(PROMPTS, weights={"a": 1.0}, max_new_tokens=12, seed=1).tokens
+    unguided = GuidedDecoder(make_model(), tokenizer).generate(PROMPTS, max_new_tokens=12, seed=1)
+    assert unguided.tokens == decoder.generate(PROMPTS, weights={"a": 0.0}, max_new_tokens=12, seed=1).tokens
+    assert result.tokens != unguided.tokens
+    base, arm = decoder._base.model, decoder._arms["a"].model
+    assert (
+        arm.get_base_model().get_input_embeddings().weight.data_ptr() == base.get_input_embeddings().weight.data_ptr()
+    )
+
+
+def test_finished_rows_do_not_run_off_a_position_table(tokenizer):
+    decoder = GuidedDecoder(make_model("gpt2"), tokenizer)
+    result = decoder.generate(["x" * 120, "x"], max_new_tokens=[8, 100], seed=4)
+    assert [len(tokens) for tokens in result.tokens] == [8, 100]
+
+
+BAD = {
+    "unknown ARM": ({"weights": {"c": 1.0}}, "no ARM is called 'c'"),
+    "weight no number": ({"weights": {"a": "much"}}, r"weights\['a'\]"),
+    "weight nan": ({"weights": {"a": float("nan")}}, r"weights\['a'\]"),
+    "weights of other length": ({"weights": {"a": [1.0, 2.0]}}, "expected a number or 1"),
+    "too long": ({"prompts": "x" * 300}, "300 tokens"),
+    "no room": ({"max_new_tokens": 256}, "more than the 256 positions"),
+    "no new token": ({"max_new_tokens": 0}, "max_new_tokens"),
+    "temperature": ({"temperature": -1.0}, "temperature"),
+    "top_p": ({"top_p": 1.5}, "top_p"),
+    "min_p": ({"min_p": -0.1}, "min_p"),
+    "top_k": ({"top_k": 1.5}, "top_k"),
+    "seed": ({"seed": "x"}, "seed"),
+    "stop": ({"stop": [""]}, "stop"),
+    "empty prompt": ({"prompts": ""}, "no tokens"),
+    "both": ({"messages": [{"role": "user", "content": "x"}]}, "either prompts or messages"),
+    "arm_prompts name": ({"arm_prompts": {"c": ["x"]}}, "'c'"),
+    "arm_prompts length": ({"arm_prompts": {"a": ["x", "y"]}}, "expected 1 prompts"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_requests_say_what_is_wrong(decoder, case):
+    request, message = BAD[case]
+    with pytest.raises(GenarmError, match=message):
+        decoder.generate(**{"prompts": "a", **request})
+
+
+def test_nan_logits_are_reported_not_decoded(tokenizer):
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight[40] = float("nan")
+    with pytest.raises(GenarmError, match="NaN"):
+        GuidedDecoder(model, tokenizer).generate("a")
+
+
+def test_loading_errors(tokenizer, tmp_path):
+    with pytest.raises(GenarmError, match="no such folder"):
+        GuidedDecoder.from_pretrained(tmp_path / "missing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(GenarmError, match="no causal language model"):
+        GuidedDecoder.from_pretrained(tmp_path / "empty")
+    config = AutoConfig.for_model("llama", vocab_size=258, **SMALL["llama"])
+    from transformers import AutoModelForSequenceClassification
+
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "classifier")
+    with pytest.raises(GenarmError, match="LlamaForSequenceClassification"):
+        GuidedDecoder.from_pretrained(tmp_path / "classifier")
+    make_model().save_pretrained(tmp_path / "base")
+    with pytest.raises(GenarmError, match="no tokenizer"):
+        GuidedDecoder.from_pretrained(tmp_path / "base")
+    with pytest.raises(GenarmError, match="device"):
+        GuidedDecoder.from_pretrained(tmp_path / "base", device="warp")
+    with pytest.raises(GenarmError, match="dtype"):
+        GuidedDecoder.from_pretrained(tmp_path / "base", dtype="float12")
+    with pytest.raises(GenarmError, match="tokenizer"):
+        GuidedDecoder.from_pretrained(make_model())
+
+
+def test_mixed_precision_operands(tokenizer):
+    decoder = GuidedDecoder(make_model(), tokenizer, {"a": make_model(seed=1).bfloat16()})
+    assert len(decoder.generate("a", max_new_tokens=5).tokens[0]) == 5
