@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
@@ -29,7 +30,7 @@ def load_base(source: Source, tokenizer: Any, device: str, dtype: str | torch.dt
         if tokenizer is None:
             raise GenarmError("base: a loaded model needs its tokenizer: pass tokenizer=")
         return LoadedModel(source.eval(), tokenizer)
-    return LoadedModel(_load_model("base", source, device, dtype), tokenizer or load_tokenizer("base", source))
+    return LoadedModel(load_model("base", source, dtype).to(device), tokenizer or load_tokenizer("base", source))
 
 
 def load_arm(
@@ -39,11 +40,32 @@ def load_arm(
     label = f"ARM {name!r}"
     if isinstance(source, torch.nn.Module):
         return LoadedModel(source.eval(), tokenizer or base.tokenizer)
+    _check_exists(label, source)
     if (adapter := _adapter_config(source)) is not None:
         own = (Path(adapter).parent / "tokenizer_config.json").is_file()
         tokenizer = tokenizer or (load_tokenizer(label, source) if own else base.tokenizer)
         return LoadedModel(_load_adapter(label, source, base.model), tokenizer)
-    return LoadedModel(_load_model(label, source, device, dtype), tokenizer or load_tokenizer(label, source))
+    return LoadedModel(load_model(label, source, dtype).to(device), tokenizer or load_tokenizer(label, source))
+
+
+def load_model(label: str, source: str | Path, dtype: str | torch.dtype) -> Any:
+    """A causal language model on the CPU, all its weights from the source; GenarmError otherwise."""
+    config = load_config(label, source)
+    progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(source), config=config, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise GenarmError(f"{label}: {str(source)!r} cannot be loaded: {_first_line(error)}") from error
+    finally:
+        if progress:
+            logging.enable_progress_bar()
+    if info["missing_keys"]:  # transformers would decode with random weights in their place
+        missing = sorted(info["missing_keys"])
+        raise GenarmError(f"{label}: {str(source)!r} lacks {len(missing)} weights of its model, such as {missing[0]}")
+    return model.eval()
 
 
 def load_tokenizer(label: str, source: str | Path) -> Any:
@@ -56,20 +78,19 @@ def load_tokenizer(label: str, source: str | Path) -> Any:
 
 def load_config(label: str, source: str | Path) -> Any:
     """The configuration of a causal language model; GenarmError when the source is missing or holds something else."""
-    if _is_local(source) and not Path(source).is_dir():
-        raise GenarmError(f"{label}: no such folder: {str(source)!r}")
+    _check_exists(label, source)
     try:
         config = AutoConfig.from_pretrained(str(source))
     except (OSError, ValueError, KeyError) as error:
-        if Path(source).is_dir():
-            raise GenarmError(
-                f"{label}: {str(source)!r} holds no causal language model: no usable config.json"
-            ) from error
-        raise GenarmError(f"{label}: {str(source)!r} is no folder, and the hub gave: {_first_line(error)}") from error
-    known = {n.lower() for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for n in _as_tuple(names)}
+        reason = "no usable config.json"
+        raise GenarmError(f"{label}: {str(source)!r} holds no causal language model: {reason}") from error
+    kinds = {name.lower() for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _as_tuple(names)}
     architectures = config.architectures or []
-    if architectures and not any(architecture.lower() in known for architecture in architectures):
-        raise GenarmError(f"{label}: {str(source)!r} holds no causal language model but {', '.join(architectures)}")
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
+        architectures and not any(architecture.lower() in kinds for architecture in architectures)
+    ):
+        what = ", ".join(architectures) or config.model_type
+        raise GenarmError(f"{label}: {str(source)!r} holds no causal language model but {what}")
     return config
 
 
@@ -109,25 +130,6 @@ def resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return found
 
 
-def _load_model(label: str, source: str | Path, device: str, dtype: str | torch.dtype) -> Any:
-    config = load_config(label, source)
-    progress = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(source), config=config, dtype=dtype, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise GenarmError(f"{label}: {str(source)!r} cannot be loaded: {_first_line(error)}") from error
-    finally:
-        if progress:
-            logging.enable_progress_bar()
-    if info["missing_keys"]:  # transformers would decode with random weights in their place
-        missing = sorted(info["missing_keys"])
-        raise GenarmError(f"{label}: {str(source)!r} lacks {len(missing)} weights of its model, such as {missing[0]}")
-    return model.to(device).eval()
-
-
 def _load_adapter(label: str, source: str | Path, base: PreTrainedModel) -> Any:
     try:
         from peft import PeftModel
@@ -144,20 +146,25 @@ def _load_adapter(label: str, source: str | Path, base: PreTrainedModel) -> Any:
 
 
 def _adapter_config(source: str | Path) -> str | None:
-    if _is_local(source):
-        path = Path(source) / "adapter_config.json"
-        return str(path) if path.is_file() else None
+    return find_adapter_config_file(str(source))
+
+
+def _check_exists(label: str, source: str | Path) -> None:
+    """GenarmError unless the source is a folder, or a model of the hub or of its cache.
+
+    The hub is asked once: transformers would ask six times, over 23 seconds, before it says that it cannot be reached.
+    """
+    name = str(source)
+    if Path(source).is_dir():
+        return
+    if isinstance(source, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise GenarmError(f"{label}: no such folder: {name!r}")
+    if any(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", "adapter_config.json")):
+        return
     try:
-        return find_adapter_config_file(str(source))
-    except OSError:
-        return None  # the loader will say what is wrong
-
-
-def _is_local(source: str | Path) -> bool:
-    """A path rather than a hub name (`name` or `owner/name`)."""
-    return (
-        isinstance(source, Path) or Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
-    )
+        HfApi().model_info(name, timeout=10)
+    except Exception as error:  # whatever the network does, the way out is the same
+        raise GenarmError(f"{label}: no such folder, and no such model on the hub: {name!r}") from error
 
 
 def _strings(tokenizer: Any) -> dict[int, str]:

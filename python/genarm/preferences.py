@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from genarm.errors import GenarmError
+from .errors import GenarmError
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,14 @@ def _parse(line: bytes, where: str) -> Preference:
     if not isinstance(prompt, str | list):
         raise GenarmError(f"{where}: prompt is neither a string nor a list of messages")
     chat = isinstance(prompt, list)
+    kind: Any = type(prompt)
     _check(prompt, chat, "prompt", where)
     responses = []
     for key in ("chosen", "rejected"):
         response = row[key]
         if chat and isinstance(response, str):
             response = [{"role": "assistant", "content": response}]
-        if not isinstance(response, list if chat else str):
+        if not isinstance(response, kind):
             wanted = "a list of messages or a string" if chat else "a string, as the prompt is"
             raise GenarmError(f"{where}: {key} is not {wanted}")
         _check(response, chat, key, where)

@@ -1,4 +1,4 @@
-"""Training an autoregressive reward model (ARM) on preference pairs: GenARM, arXiv 2410.08193, section 4.1."""
+"""Training an autoregressive reward model (ARM) on preference pairs, as in GenARM (arXiv 2410.08193)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,20 +18,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch.nn import functional
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.utils import logging
 
-from genarm.errors import GenarmError
-from genarm.preferences import encode_preferences, read_preferences
+from . import loading
+from .errors import GenarmError
+from .preferences import encode_preferences, read_preferences
 
 
 def response_logps(
@@ -44,14 +38,14 @@ def response_logps(
     targets, mask = input_ids[:, 1:], response_mask[:, 1:]  # the logits at position t are for the token at t + 1
     # Only the response's rows become float32: the whole (B, L, V) would be most of the memory.
     logps = -functional.cross_entropy(logits[mask].float(), targets[mask], reduction="none")
-    return torch.zeros(mask.shape, device=logps.device).masked_scatter(mask, logps).sum(-1)
+    return logps.new_zeros(mask.shape).masked_scatter(mask, logps).sum(-1)
 
 
 def preference_loss(margins: torch.Tensor, beta: float) -> torch.Tensor:
-    """The mean over pairs of -log sigmoid(beta * (log pi_r(y_w | x) - log pi_r(y_l | x))): GenARM, eq. 5.
+    """The mean over pairs of -log sigmoid(beta * (log pi_r(y_w | x) - log pi_r(y_l | x))).
 
-    This is DPO's loss with the reference model's terms zero. ``margins`` are the (B,) differences of
-    log-probabilities in nats; the result is a scalar.
+    The training objective of the Autoregressive RM in GenARM (arXiv 2410.08193), which is DPO's with the reference
+    model's terms zero. ``margins`` are the (B,) differences of log-probabilities in nats; the result is a scalar.
 
     >>> preference_loss(torch.tensor([0.0, 0.0]), beta=0.05)
     tensor(0.6931)
@@ -133,6 +127,19 @@ class _Progress(TrainerCallback):
             self.console.print(f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}")
 
 
+@contextmanager
+def _progress_bars_only_on_a_terminal() -> Iterator[None]:
+    bars = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if bars:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
+@_progress_bars_only_on_a_terminal()
 def train_arm(
     base: str | Path,
     data: str | Path,
@@ -155,7 +162,7 @@ def train_arm(
     seed: int = 0,
     verbose: bool = True,
 ) -> dict[str, Any]:
-    """Train an ARM on preference pairs by minimising eq. 5 of GenARM (arXiv 2410.08193); see ``preference_loss``.
+    """Train an ARM on preference pairs by minimising GenARM's objective (arXiv 2410.08193), ``preference_loss``.
 
     The defaults are the paper's for HH-RLHF: LoRA of rank 8 on all linear layers, beta 0.05, learning rate 5e-4
     (cosine, 100 steps of warm-up), one epoch of batches of 32 pairs.
@@ -218,7 +225,7 @@ def train_arm(
         if find_spec(package) is None:
             raise GenarmError(f"training needs {package}: pip install 'genarm-kernels[train]'")
 
-    console = Console(quiet=not verbose, highlight=False)
+    console = Console(quiet=not verbose, highlight=False, markup=False, soft_wrap=True)
     rows = read_preferences(data)
     settings["data_sha256"] = hashlib.sha256(Path(data).read_bytes()).hexdigest()
     out = Path(out)
@@ -230,8 +237,8 @@ def train_arm(
     if resume:
         console.print(f"going on from {checkpoint}" if checkpoint else f"{out}: no checkpoint yet, starting anew")
 
-    _check_base(str(base))
-    tokenizer = _load(AutoTokenizer, str(base))
+    loading.load_config("base", base)
+    tokenizer = loading.load_tokenizer("base", base)
     pairs, counts = encode_preferences(rows, tokenizer, max_length)
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
     held_out = max(1, round(eval_fraction * len(pairs))) if eval_fraction else 0
@@ -246,7 +253,7 @@ def train_arm(
 
     set_seed(seed)  # the adapter's initialisation
     dtype = torch.bfloat16 if bf16 and lora_r else torch.float32
-    model = _load(AutoModelForCausalLM, str(base), dtype=dtype)
+    model = loading.load_model("base", base, dtype)
     _check_fits(model, pairs)
     use_cache = model.config.use_cache  # the Trainer switches it off, and decoding would find it off
     if lora_r:
@@ -273,6 +280,7 @@ def train_arm(
         per_device_eval_batch_size=batch_size // gradient_accumulation_steps,
         gradient_accumulation_steps=gradient_accumulation_steps,
         bf16=bf16,
+        use_cpu=not torch.accelerator.is_available(),  # else bf16 is refused there
         seed=seed,
         save_strategy="steps",
         save_steps=math.ceil(steps / 10) if save_steps is None else save_steps,
@@ -292,15 +300,15 @@ def train_arm(
     trainer.add_callback(_Progress(console))
     trainer.train(resume_from_checkpoint=checkpoint)
 
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    metrics: dict[str, Any] = {"train_loss": sum(losses) / len(losses), "steps": trainer.state.global_step}
+    curve = [entry for entry in trainer.state.log_history if "loss" in entry]  # since step 1, resumed or not
+    metrics: dict[str, Any] = {"train_loss": sum(entry["loss"] for entry in curve) / len(curve), "steps": len(curve)}
     metrics |= {"train_pairs": len(train_pairs), "eval_pairs": len(eval_pairs), **counts}
     if eval_pairs:
         metrics |= trainer.held_out_metrics()
     model.config.use_cache = use_cache
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    (out / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history))
+    (out / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in curve))
     _write_json(out / "metrics.json", metrics)  # last: it marks the run as finished
     _remove_checkpoints(out)
     table = Table("metric", "value", title=f"ARM in {out}")
@@ -372,21 +380,6 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     part = path.with_suffix(".part")
     part.write_text(json.dumps(value, indent=2) + "\n")
     part.replace(path)
-
-
-def _load(kind: Any, base: str, **kwargs: Any) -> Any:
-    try:
-        return kind.from_pretrained(base, **kwargs)
-    except (OSError, ValueError, ImportError) as error:
-        raise GenarmError(f"{base}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-
-
-def _check_base(base: str) -> None:
-    if not Path(base).exists() and (base.count("/") != 1 or base[0] in "/.~"):  # else it may be a name on the hub
-        raise GenarmError(f"{base}: no such folder")
-    config = _load(AutoConfig, base)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise GenarmError(f"{base}: {config.model_type} is not a causal language model")
 
 
 def _check_fits(model: Any, pairs: list[dict[str, list[int]]]) -> None:
