@@ -142,13 +142,14 @@ def test_arm_prompts_share_only_the_continuation(decoder, tokenizer):
 
 def test_eos_ends_a_row_and_not_its_neighbours(trained):
     eos = trained.tokenizer.eos_token_id
-    result = trained.generate(messages=CHATS, max_new_tokens=40, seed=1)
+    longest = max(map(len, trained.generate(messages=CHATS, seed=1).tokens))
+    result = trained.generate(messages=CHATS, max_new_tokens=longest - 1, seed=1)
     assert {"eos", "length"} == set(result.finish_reasons)
     for text, tokens, reason in zip(result.texts, result.tokens, result.finish_reasons, strict=True):
         assert (tokens[-1] == eos) == (reason == "eos")
         assert eos not in tokens[:-1]
         assert trained.tokenizer.eos_token not in text
-        assert reason == "eos" or len(tokens) == 40
+        assert reason == "eos" or len(tokens) == longest - 1
 
 
 def test_several_eos_ids_of_the_generation_config(tokenizer):
@@ -179,14 +180,6 @@ def test_text_stream_joins_bytes_and_holds_back_possible_stops():
     tokenizer = byte_tokenizer()
     stream = TextStream(tokenizer, tokenizer("x")["input_ids"], stop=["END", "Nie"])
     shown = [stream.push(token) for token in tokenizer("aéE€ENxNEND..")["input_ids"]]
-    assert (
-        shown == ["a", "", "é", "", "", "", "E€", "", "", "ENx", "", "", "N", "", ""][: len(shown)]
-        or "".join(shown) == "aéE€ENxN"
-    )
-    assert "".join(shown) == "aéE€ENxN" == stream.text
-    assert stream.stopped
-    stream = TextStream(tokenizer, [], stop=["END"])
-    shown = [stream.push(token) for token in tokenizer("aEN")["input_ids"]]
     assert shown == ["a", "", "é", "", "", "", "E€", "", "", "ENx", "", "N", "", "", "", ""]
     assert "".join(shown) == "aéE€ENxN" == stream.text
     assert stream.stopped
