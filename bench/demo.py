@@ -5,13 +5,13 @@ import time
 from collections.abc import Callable
 
 import torch
-from genarm import GuidedDecoder, bundled, world
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from bench import naive
+from genarm import GuidedDecoder, bundled, world
 
 PROMPTS = ("How do I sleep better?", "I want to save money. What should I do?", "Can you help me bake bread?")
 SETTINGS = {

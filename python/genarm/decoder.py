@@ -156,7 +156,7 @@ class GuidedDecoder:
     @torch.inference_mode()
     def generate(
         self,
-        prompts: str | Sequence[str] | None = None,
+        prompts: str | Sequence[str | Messages] | None = None,
         *,
         messages: Messages | Sequence[Messages] | None = None,
         arm_prompts: Mapping[str, Sequence[str | Messages]] | None = None,
@@ -172,7 +172,7 @@ class GuidedDecoder:
         """Continues every prompt until its EOS token, a stop string or max_new_tokens.
 
         Args:
-            prompts: one prompt or many, of any lengths; or
+            prompts: one prompt or many, of any lengths (a chat may stand among many); or
             messages: one chat or many (lists of {"role", "content"}), rendered by the tokenizer's chat template.
             arm_prompts: by ARM, the prompts (or chats) it sees in place of the base's; the continuation is shared.
             weights: by ARM, a number or one a prompt; or a mapping a prompt. An ARM left out has weight 0; None gives
@@ -228,7 +228,7 @@ class GuidedDecoder:
 
     def _run(
         self,
-        prompts: str | Sequence[str] | None,
+        prompts: str | Sequence[str | Messages] | None,
         messages: Any,
         arm_prompts: Mapping[str, Sequence[str | Messages]] | None,
         weights: Weights,
@@ -502,7 +502,7 @@ class _Run:
             row.append(token[b], logprob[b], base_logprob[b], rewards[b], self._eos)
 
 
-def _inputs(prompts: str | Sequence[str] | None, messages: Any) -> list[Any]:
+def _inputs(prompts: str | Sequence[str | Messages] | None, messages: Any) -> list[Any]:
     """A list of prompts (str) or of chats (lists of messages)."""
     if (prompts is None) == (messages is None):
         raise GenarmError("give either prompts or messages")

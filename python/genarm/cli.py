@@ -1,0 +1,520 @@
+"""The command line: `genarm generate`, `genarm train`, `genarm info`."""
+
+# torch and transformers, which take seconds, are imported where they are used: `genarm --help` must not wait for them.
+import json
+import math
+import sys
+import warnings
+from bisect import bisect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from . import prompts as prompting
+from .errors import GenarmError
+from .prompts import Prompt, Results
+
+if TYPE_CHECKING:
+    from .decoder import GenerationResult, GuidedDecoder, StreamEvent
+
+app = typer.Typer(
+    help="Guide a frozen language model, token by token, with small autoregressive reward models (ARMs).",
+    epilog='Example: genarm generate --prompt "How do I sleep better?" --compare',
+    add_completion=False,
+    pretty_exceptions_enable=False,  # a bug shows Python's own traceback
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+# Usage errors of the parser. typer has had both click's and its own; BadParameter is the one it exports.
+_UsageError: Any = typer.BadParameter.__mro__[1]
+
+_models = partial(typer.Option, rich_help_panel="Models")
+_input = partial(typer.Option, rich_help_panel="Prompts (standard input, one a line, if none are given)")
+_sampling = partial(typer.Option, rich_help_panel="Sampling")
+_output = partial(typer.Option, rich_help_panel="Output")
+
+# Tokens are coloured by w_1 (log ARM_1 - log base) + w_2 (log ARM_2 - log base) + ..., in nats: how far, by their
+# weights, the reward models prefer the token more than the base does. Blue and red stay apart for the colour-blind.
+_BOUNDS = (-2.0, -1.0, -0.25, 0.25, 1.0, 2.0)
+_STYLES = (
+    "white on #b2182b",
+    "black on #ef8a62",
+    "black on #fddbc7",
+    "",
+    "black on #d1e5f0",
+    "black on #67a9cf",
+    "white on #2166ac",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs a command. A mistake of the user's ends in one line on stderr and exit status 2, a bug in its traceback."""
+    try:
+        status = app(argv, prog_name="genarm", standalone_mode=False)
+    except GenarmError as error:
+        status = _fail(str(error))
+    except _UsageError as error:
+        status = _fail(f"{error.format_message().rstrip('.')}; see genarm --help")
+    except (KeyboardInterrupt, typer.Abort):
+        status = 130
+    sys.exit(status)
+
+
+@app.command()
+def generate(
+    base: Annotated[
+        str | None, _models(metavar="DIR", help="Folder or hub name of the base model; the bundled one if not given.")
+    ] = None,
+    arm: Annotated[
+        list[str] | None,
+        _models(
+            metavar="NAME=DIR[:WEIGHT]",
+            help="An ARM (a model, or an adapter of the base) and its weight, 1 if not given. Repeatable. With neither "
+            "--base nor --arm: the bundled ARMs, helpful and polite.",
+        ),
+    ] = None,
+    weight: Annotated[
+        list[str] | None, _models(metavar="NAME=WEIGHT", help="The weight of an ARM, by its name. Repeatable.")
+    ] = None,
+    device: Annotated[str, _models(help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[str, _models(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    backend: Annotated[str, _models(help="auto (the fastest), or one that `genarm info` lists.")] = "auto",
+    prompt: Annotated[list[str] | None, _input(metavar="TEXT", help="A prompt. Repeatable.")] = None,
+    prompts: Annotated[
+        Path | None,
+        _input(
+            metavar="FILE.jsonl",
+            help='A line a prompt: {"prompt": "..."} or {"messages": [...]}; "id" and "weights" ({NAME: WEIGHT}) '
+            "if you like.",
+        ),
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        _input(
+            "--chat/--no-chat",
+            help="Send a text as a user's message, or as it is. Default: --chat if the base has a chat template.",
+            show_default=False,
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, _sampling(min=1)] = 128,
+    temperature: Annotated[float, _sampling(min=0, help="0 takes the likeliest token.")] = 1.0,
+    top_k: Annotated[int, _sampling(min=0, help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[float, _sampling(min=0, max=1, help="Keep the likeliest tokens of this mass.")] = 1.0,
+    min_p: Annotated[float, _sampling(min=0, max=1, help="Keep tokens of this share of the likeliest's p.")] = 0.0,
+    seed: Annotated[int, _sampling(help="Prompt i, counted from 0, is drawn with seed + i.")] = 0,
+    stop: Annotated[list[str] | None, _sampling(metavar="TEXT", help="End where this appears. Repeatable.")] = None,
+    batch_size: Annotated[int, _sampling(min=1, help="Prompts decoded together; changes the speed alone.")] = 16,
+    compare: Annotated[bool, _output("--compare", help="Unguided and guided side by side.")] = False,
+    rewards: Annotated[
+        bool,
+        _output(
+            "--rewards",
+            help="Colour tokens by the sum of weight * (log ARM - log base), in nats; piped: a table of tokens.",
+        ),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        _output(
+            metavar="FILE.jsonl",
+            help="Write a line a prompt there and show nothing. Run again, an interrupted run goes on.",
+        ),
+    ] = None,
+) -> None:
+    """Continue prompts, guided by ARMs.
+
+    \b
+    Examples:
+      genarm generate --prompt "How do I sleep better?" --compare
+      genarm generate --prompt "How do I sleep?" --weight polite=0.5 --rewards
+      genarm generate --base DIR --arm a=DIR:1.5 --prompts a.jsonl --out b.jsonl
+      head -3 questions.txt | genarm generate --max-new-tokens 40
+    """
+    arms, weights = _arms(base, arm or [], weight or [])
+    work = _prompts(prompt or [], prompts, arms)
+    sampling: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "stop": stop or [],
+    }
+    settings: dict[str, Any] = {
+        "base": base or "bundled",
+        "arms": {name: folder or "bundled" for name, folder in arms.items()},
+    }
+    settings |= {**sampling, "chat": chat, "dtype": dtype, "compare": compare}
+    rows: list[dict[str, Any]] = [
+        {"weights": {**weights, **one.weights}, "seed": seed + i} for i, one in enumerate(work)
+    ]
+    known = [
+        {"index": i, **one.record(), **row, "settings": settings}
+        for i, (one, row) in enumerate(zip(work, rows, strict=True))
+    ]
+    results = Results(out, known) if out else None
+
+    done = results.done if results else 0
+    try:
+        if done < len(work):
+            decoder = _load(base, arms, device, dtype, backend)
+            chat = bool(decoder.tokenizer.chat_template) if chat is None else chat
+            contents = [_content(one, chat) for one in work]
+            for one, content, row in zip(work, contents, rows, strict=True):
+                _check(decoder, one.where, content, {**sampling, **row})
+            screen = _Screen(decoder.tokenizer, sampling["stop"], rewards and not results)
+            if len(work) == 1 and not results and not compare:
+                screen.stream(_open_stream(decoder, contents[0], {**sampling, **rows[0]}), rows[0]["weights"])
+                return
+            with _progress(screen.console, results is not None, len(work), done) as advance:
+                # Batches are cut alike however much is done, so that the float noise of the forwards is the same too.
+                for start in range(done - done % batch_size, len(work), batch_size):
+                    part = slice(start, start + batch_size)
+                    new = _decode(decoder, contents[part], rows[part], sampling, compare)[done - start :]
+                    if results:
+                        results.append(new)
+                    for i, record in enumerate([] if results else new, start=done):
+                        title = f"=== {i + 1}/{len(work)}: {work[i].title()}\n" if len(work) > 1 else ""
+                        screen.show(title, record, rows[i]["weights"])
+                    done += len(new)
+                    advance(len(new))
+    except KeyboardInterrupt:
+        done = results.done if results else done
+        _interrupted(f"{done} of {len(work)} done" + ("; run the same command again to go on" if results else ""))
+    if results:
+        typer.echo(f"{out}: {done} of {len(work)} prompts are done")
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    base: Annotated[str, typer.Option(metavar="DIR", help="Folder or hub name of the model to start from.")],
+    data: Annotated[
+        Path, typer.Option(metavar="FILE.jsonl", help='Rows {"prompt": ..., "chosen": ..., "rejected": ...}.')
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the ARM: a new or empty one.")],
+    lora_r: Annotated[int, typer.Option(help="Rank of the adapter; 0 trains all the weights.")] = 8,
+    beta: Annotated[float, typer.Option(help="Scale from nats to the logit of the preference.")] = 0.05,
+    lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 5e-4,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Pairs an optimiser step.")] = 32,
+    max_length: Annotated[int, typer.Option(help="Tokens of prompt and response; what is cut is counted.")] = 1024,
+    eval_fraction: Annotated[float, typer.Option(help="Fraction of the rows that is held out.")] = 0.05,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    lora_alpha: Annotated[int | None, typer.Option(help="Scale of the adapter; 2 * lora_r if not given.")] = None,
+    lora_dropout: Annotated[float, typer.Option(help="Dropout before the adapter.")] = 0.05,
+    warmup_steps: Annotated[
+        int | None, typer.Option(help="100 if not given, but a tenth of the steps at most.")
+    ] = None,
+    gradient_accumulation_steps: Annotated[
+        int, typer.Option(help="Forward passes a batch is split into, to save memory.")
+    ] = 1,
+    save_steps: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints; about ten a run if not given.")
+    ] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the held-out rows, the adapter, the order and dropout.")] = 0,
+    verbose: Annotated[bool, typer.Option("--verbose/--quiet", help="Show the loss as it falls.")] = True,
+) -> None:
+    """Train an ARM on preference pairs.
+
+    \b
+    Examples:
+      genarm train --base models/base --data prefs.jsonl --out kind
+      genarm train --base models/base --data prefs.jsonl --out kind --resume
+    """
+    try:
+        _quiet()
+        from .training import train_arm
+
+        train_arm(**context.params)  # the options are train_arm's arguments, by the same names
+    except KeyboardInterrupt:
+        _interrupted("run the same command with --resume to go on")
+
+
+@app.command()
+def info() -> None:
+    """Versions, devices, backends (and why one is missing), bundled models.
+
+    \b
+    Example:
+      genarm info
+    """
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
+    from genarm_kernels.backends import NAMES, why_unavailable
+
+    from . import bundled
+
+    lines = [("genarm-kernels", version("genarm-kernels")), ("python", platform.python_version())]
+    lines += [(name, version(name)) for name in ("torch", "transformers")]
+    lines.append(("device cpu", f"{torch.get_num_threads()} threads"))
+    lines += [(f"device cuda:{i}", torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())]
+    for name in NAMES:
+        reason = why_unavailable(name)
+        lines.append((f"backend {name}", f"missing: {reason}" if reason else "available"))
+    lines += [(f"model {name}", _size(bundled.path(name))) for name in bundled.NAMES]
+    for name, value in lines:
+        typer.echo(f"{name:<18}{value}")
+
+
+def _fail(message: str) -> int:
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    return 2
+
+
+def _interrupted(message: str) -> NoReturn:
+    typer.echo(f"interrupted: {message}", err=True)
+    raise typer.Exit(130)
+
+
+def _arms(
+    base: str | None, arms: Sequence[str], weights: Sequence[str]
+) -> tuple[dict[str, str | None], dict[str, float]]:
+    """By ARM, its folder (None: bundled) and its weight."""
+    folders: dict[str, str | None] = {} if base or arms else {"helpful": None, "polite": None}
+    values = dict.fromkeys(folders, 1.0)
+    for spec in arms:
+        name, _, folder = spec.partition("=")
+        if not name or not folder:
+            raise GenarmError(f"--arm {spec!r}: expected NAME=DIR or NAME=DIR:WEIGHT")
+        if name in folders:
+            raise GenarmError(f"--arm: the name {name!r} is given twice")
+        path, colon, weight = folder.rpartition(":")
+        # A colon may be part of a path: the folder exists, or goes on after the colon (C:\models).
+        if colon and not Path(folder).exists() and not {"/", "\\"} & set(weight):
+            folder, values[name] = path, prompting.number(weight, f"--arm: weight of {name!r}")
+        folders[name] = folder
+        values.setdefault(name, 1.0)
+    for spec in weights:
+        name, _, weight = spec.partition("=")
+        prompting.check_arm(name, folders, "--weight")
+        values[name] = prompting.number(weight, f"--weight of {name!r}")
+    return folders, values
+
+
+def _prompts(texts: Sequence[str], path: Path | None, arms: Iterable[str]) -> list[Prompt]:
+    if texts and path:
+        raise GenarmError("give --prompt or --prompts, not both")
+    if texts:
+        return prompting.from_texts(texts)
+    if path:
+        return prompting.from_jsonl(path, arms)
+    if sys.stdin.isatty():
+        raise GenarmError('no prompts: give --prompt "TEXT", --prompts FILE.jsonl, or standard input, one a line')
+    return prompting.from_lines(sys.stdin.buffer, "standard input")
+
+
+def _quiet() -> None:
+    """Keeps transformers' warnings and bars off the terminal."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def _load(base: str | None, arms: Mapping[str, str | None], device: str, dtype: str, backend: str) -> "GuidedDecoder":
+    import torch
+
+    from genarm_kernels.backends import NAMES
+    from genarm_kernels.backends import load as load_backend
+
+    if backend not in ("auto", *NAMES):
+        raise GenarmError(f"unknown backend {backend!r}; there are: auto, {', '.join(NAMES)}")
+    _quiet()
+    from . import bundled
+    from .decoder import GuidedDecoder
+    from .loading import resolve_device
+
+    device = resolve_device(device)
+    try:
+        load_backend(backend, torch.device(device).type)
+    except RuntimeError as error:
+        raise GenarmError(str(error)) from error
+    return GuidedDecoder.from_pretrained(
+        base or bundled.path("base"),
+        {name: folder or bundled.path(name) for name, folder in arms.items()},
+        device=device,
+        dtype=dtype,
+        backend=backend,
+    )
+
+
+def _content(prompt: Prompt, chat: bool) -> Any:
+    """What the decoder is given: text, or messages."""
+    if chat and isinstance(prompt.content, str):
+        return [{"role": "user", "content": prompt.content}]
+    return prompt.content
+
+
+def _open_stream(decoder: "GuidedDecoder", content: Any, options: dict[str, Any]) -> Any:
+    return decoder.stream(**{"prompt" if isinstance(content, str) else "messages": content}, **options)
+
+
+def _check(decoder: "GuidedDecoder", where: str, content: Any, options: dict[str, Any]) -> None:
+    """GenarmError, naming the prompt's place, for what decoding would refuse: opening a stream checks, and no more."""
+    try:
+        _open_stream(decoder, content, options)
+    except GenarmError as error:
+        raise GenarmError(f"{where}: {str(error).removeprefix('prompt 0').lstrip(' :')}") from error
+
+
+def _decode(
+    decoder: "GuidedDecoder",
+    contents: list[Any],
+    rows: list[dict[str, Any]],
+    sampling: dict[str, Any],
+    compare: bool,
+) -> list[dict[str, Any]]:
+    """A batch's results, as they are written; with `compare`, each holds the unguided ones too."""
+    weights, seed = [row["weights"] for row in rows], [row["seed"] for row in rows]
+    guided = decoder.generate(contents, weights=weights, seed=seed, **sampling)
+    records = [_record(guided, b) for b in range(len(rows))]
+    if compare:
+        unguided = decoder.generate(contents, weights={}, seed=seed, **sampling)
+        for b, record in enumerate(records):
+            record["unguided"] = _record(unguided, b)
+    return records
+
+
+def _record(result: "GenerationResult", b: int) -> dict[str, Any]:
+    """What a line of results says about prompt b of a batch; a millionth of a nat is enough."""
+    nats = {"logprobs": result.logprobs[b], "base_logprobs": result.base_logprobs[b]}
+    rewards = {name: [round(x, 6) for x in values[b]] for name, values in result.rewards.items()}
+    return {
+        "text": result.texts[b],
+        "finish_reason": result.finish_reasons[b],
+        "tokens": result.tokens[b],
+        **{name: [round(x, 6) for x in values] for name, values in nats.items()},
+        "rewards": rewards,
+    }
+
+
+@contextmanager
+def _progress(screen: Console, quiet: bool, total: int, done: int) -> Iterator[Callable[[float], None]]:
+    """A bar on stderr, or below what is printed where that goes to a terminal too; none without a terminal."""
+    console = screen if screen.is_terminal and not quiet else Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    columns = TextColumn("decoding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(
+        *columns,
+        console=console,
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    ) as bar:
+        task = bar.add_task("", total=total, completed=done)
+        yield partial(bar.advance, task)
+
+
+class _Screen:
+    """Standard output: colours and columns on a terminal, elsewhere plain text, with a table of tokens for rewards."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], rewards: bool) -> None:
+        self.console = Console(highlight=False)
+        self._tokenizer, self._stop, self._rewards = tokenizer, stop, rewards
+        if rewards and self.console.is_terminal:
+            below, above = [f" < {x:g} " for x in _BOUNDS[:3]], [f" > {x:g} " for x in _BOUNDS[3:]]
+            parts = zip([*below, " near 0 ", *above], _STYLES, strict=True)
+            self.console.print(Text.assemble("reward over the base, in nats: ", *parts, "\n"))
+
+    def stream(self, events: Iterable["StreamEvent"], weights: Mapping[str, float]) -> None:
+        """One prompt's tokens, as they are drawn."""
+        if self._rewards and not self.console.is_terminal:
+            self._table(events, weights)
+            return
+        for event in events:
+            self._print(event.text, self._style(event, weights))
+        self._print("\n")
+
+    def show(self, title: str, record: dict[str, Any], weights: Mapping[str, float]) -> None:
+        """A finished prompt: what `_decode` gave for it."""
+        self._print(title, "bold")
+        sides = {"unguided": record["unguided"], "guided": record} if "unguided" in record else {"": record}
+        if len(sides) > 1 and self.console.is_terminal:
+            columns = Table(box=box.SIMPLE_HEAD, expand=True)
+            for name in sides:
+                columns.add_column(name, ratio=1, overflow="fold")  # not "..." in place of text
+            cells = [Text.assemble(*self._pieces(side, weights)) for side in sides.values()]
+            # A continuation often begins with a space, which would look like an indented first line.
+            columns.add_row(*[cell[len(cell) - len(cell.plain.lstrip()) :] for cell in cells])
+            self.console.print(columns)
+            return
+        for name, side in sides.items():
+            self._print(f"--- {name}\n" if name else "")
+            if self._rewards and not self.console.is_terminal:
+                self._table(self._events(side), weights)
+            else:
+                for text, style in self._pieces(side, weights):
+                    self._print(text, style)
+                self._print("\n")
+        self._print("\n" if title else "")
+
+    def _print(self, text: str, style: str = "") -> None:
+        if self.console.is_terminal:
+            self.console.print(Text(text, style), end="", soft_wrap=True)
+        else:
+            typer.echo(text, nl=False)  # rich would turn tabs into spaces
+
+    def _pieces(self, record: dict[str, Any], weights: Mapping[str, float]) -> list[tuple[str, str]]:
+        """A record's text with its styles."""
+        if not self._rewards:
+            return [(record["text"], "")]
+        return [(event.text, self._style(event, weights)) for event in self._events(record)]
+
+    def _table(self, events: Iterable["StreamEvent"], weights: Mapping[str, float]) -> None:
+        typer.echo("\t".join(["token", *weights, "weighted"]))
+        for event in events:
+            token = json.dumps(self._tokenizer.decode([event.token]), ensure_ascii=False)  # it may be a tab
+            numbers = [*(event.rewards[name] for name in weights), _weighted(event, weights)]
+            typer.echo("\t".join([token, *[f"{x:.3f}" for x in numbers]]))
+
+    def _style(self, event: "StreamEvent", weights: Mapping[str, float]) -> str:
+        return _STYLES[bisect(_BOUNDS, _weighted(event, weights))] if self._rewards else ""
+
+    def _events(self, record: dict[str, Any]) -> Iterator["StreamEvent"]:
+        """A record's tokens, as a stream gives them."""
+        from .decoder import StreamEvent
+        from .text import TextStream
+
+        text, ended = TextStream(self._tokenizer, [], self._stop), record["finish_reason"] == "eos"
+        for i, token in enumerate(record["tokens"]):
+            last = i + 1 == len(record["tokens"])
+            yield StreamEvent(
+                text=text.push(*([] if last and ended else [token]), last=last),
+                token=token,
+                logprob=record["logprobs"][i],
+                base_logprob=record["base_logprobs"][i],
+                rewards={name: values[i] for name, values in record["rewards"].items()},
+                finish_reason=record["finish_reason"] if last else None,
+            )
+
+
+def _weighted(event: "StreamEvent", weights: Mapping[str, float]) -> float:
+    """The number a token is coloured by; see `_BOUNDS`."""
+    return sum(weight * (event.rewards[name] - event.base_logprob) for name, weight in weights.items())
+
+
+def _size(folder: Path) -> str:
+    """The number of a model's parameters, from the head of its file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / "model.safetensors", "pt") as tensors:
+            names = tensors.keys()
+            return f"{sum(math.prod(tensors.get_slice(name).get_shape()) for name in names):,} parameters"
+    except (OSError, SafetensorError):
+        return f"missing: {folder}"
