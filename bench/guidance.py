@@ -21,7 +21,7 @@ def true_rewards(
 
 
 def p_value(lower: list[float], higher: list[float]) -> float:
-    """One-sided p of Welch's test that the mean of `higher` is above that of `lower`; normal tail, for large samples."""
+    """One-sided p of Welch's test that the mean of `higher` is above that of `lower`, by the normal tail."""
     difference = statistics.fmean(higher) - statistics.fmean(lower)
     error = math.sqrt(sum(statistics.variance(x) / len(x) for x in (lower, higher)))
     return 0.5 * math.erfc(difference / error / math.sqrt(2))

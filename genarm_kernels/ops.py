@@ -17,7 +17,7 @@ _LIBRARY.define(
     "guided_step(Tensor base_logits, Tensor[] arm_logits, float[] weights, Tensor? weights_rows,"
     " float base_weight, Tensor? base_weight_rows, float temperature, Tensor? temperature_rows,"
     " int top_k, Tensor? top_k_rows, float top_p, Tensor? top_p_rows, float min_p, Tensor? min_p_rows,"
-    " int seed, Tensor? seed_rows, int position, Tensor? position_rows,"
+    " SymInt seed, Tensor? seed_rows, SymInt position, Tensor? position_rows,"
     " Tensor? token_mask, int vocab_size, bool logprobs, str backend)"
     " -> (Tensor token, Tensor logprob, Tensor log_mass, Tensor kept,"
     " Tensor base_logprob, Tensor arm_logprobs, Tensor status)"
@@ -92,7 +92,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         torch.nn.functional.pad(coefficient * grad_z, (0, width - grad_z.shape[1])).to(dtype)
         for coefficient, (width, dtype) in zip(coefficients, ctx.operands, strict=True)
     ]
-    return grads[0], grads[1:], [None] * len(weights), *[None] * 8
+    return grads[0], grads[1:], None if weights else [], *[None] * 8  # torch wants the empty list back
 
 
 torch.library.register_autograd(

@@ -8,7 +8,8 @@ What the contract leaves open is decided here, in words:
 - Everything behind z is computed in float64 and returned as float32.
 - A row that uses no operand at all (every weight 0) is uniform over the tokens that its mask allows.
 - A bad parameter of a row in a tensor wins over "no allowed token": status 1.
-- top_p and min_p are rounded to float32, like every parameter; comparisons with them are made in float64.
+- Every float parameter is rounded to float32 (a temperature below 2^-150 is thus greedy); top_p and min_p are then
+  compared in float64.
 
 Rows are `B`, ARMs `N`, the vocabulary (already cut to vocab_size) `V`, its tiles `T`.
 """
@@ -57,7 +58,7 @@ def guided_step(
     temperature = torch.where(drawn & ~greedy, temperature, 1.0).double()
     scaled = (z.double() - z.max(1, keepdim=True).values.double()) / temperature[:, None]
     p = scaled.exp()
-    log_total = _tiles(p, 0.0).sum(-1).sum(-1).log()
+    log_total = _row_sum(p).log()
 
     keep = _filter(z, p, top_k, top_p, min_p) if filtered else z > -_INF
     token = torch.where(greedy, z.argmax(1), _draw(scaled.where(keep, -_INF), seed, position))
@@ -66,9 +67,9 @@ def guided_step(
     token = torch.where(drawn, token, -1)
     kept = torch.where(drawn, kept, 0).int()
     if not logprobs:
-        none = torch.empty(0, dtype=torch.float32, device=z.device)
-        return token, none, none, kept, none, none, status
-    log_mass = _tiles(p.where(keep, 0.0), 0.0).sum(-1).sum(-1).log() - log_total
+        none = [torch.empty(0, dtype=torch.float32, device=z.device) for _ in range(4)]  # outputs must not alias
+        return token, *none[:2], kept, *none[2:], status
+    log_mass = _row_sum(p.where(keep, 0.0)).log() - log_total
     logprob = _at(scaled, token) - log_total
     own = torch.stack([_at(x[:, :vocab_size].double().log_softmax(1), token) for x in operands], 1)
 
@@ -122,11 +123,26 @@ def combine(
         x, in_use = operand[:, :vocab_size], weight != 0
         blocked |= in_use & (x == -_INF)
         bad |= in_use & (x.isnan() | (x == _INF))
-        # A product of two 24-bit numbers is exact in float64: the sum, rounded to float32, is a fused multiply-add.
-        z = torch.where(in_use, (z.double() + weight.double() * x.double()).float(), z)
+        z = torch.where(in_use, _fma(weight, x, z), z)
     allowed = in_mask & ~blocked
     bad_row = (in_mask & bad).any(1) | (allowed & ~z.isfinite()).any(1) | ~coefficients.isfinite().all(1)
     return z.where(allowed, -_INF), allowed, bad_row
+
+
+def _fma(weight: Tensor, x: Tensor, acc: Tensor) -> Tensor:
+    """weight * x + acc, rounded once to float32, as the instruction does.
+
+    The product of two 24-bit numbers is exact in float64, the sum is not: rounding it to odd (Boldo and Melquiond 2008)
+    keeps the second rounding, to float32, from seeing a tie that is none. `error` is the sum's own (Knuth's TwoSum).
+    """
+    product, acc = weight.double() * x.double(), acc.double()
+    total = product + acc
+    part = total - product
+    error = (product - (total - part)) + (acc - part)
+    odd = (total.view(torch.int64) & 1).bool()
+    toward = torch.where(error > 0, _INF, -_INF).double()
+    inexact = (error != 0) & error.isfinite()
+    return torch.where(inexact & ~odd, total.nextafter(toward), total).float()
 
 
 def _coefficients(base_weight: Tensor, weights: Tensor) -> Tensor:
@@ -157,7 +173,7 @@ def _filter(z: Tensor, p: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
     mass_above = pad(p.cumsum(1)[:, :-1], (1, 0)).gather(1, start)
 
     in_top_k = (start < top_k[:, None]) | (top_k <= 0)[:, None]
-    top_k_mass = p.where(in_top_k, 0.0).sum(1, keepdim=True)
+    top_k_mass = _row_sum(p.where(in_top_k, 0.0))[:, None]
     top_p, min_p = top_p.double()[:, None], min_p.double()[:, None]
     in_top_p = (mass_above < top_p * top_k_mass) | (top_p >= 1)
     keep = ((in_top_k & in_top_p & (p >= min_p)) | (start == 0)) & (z > -_INF)
@@ -180,8 +196,13 @@ def _draw(scaled: Tensor, seed: Tensor, position: Tensor) -> Tensor:
 
 
 def _tiles(x: Tensor, fill: float) -> Tensor:
-    """`[B, V]` as `[B, T, TILE]`. Sums go tile by tile, so that no row's depends on how many rows there are."""
+    """`[B, V]` as `[B, T, TILE]`."""
     return pad(x, (0, -x.shape[1] % rng.TILE), value=fill).unflatten(1, (-1, rng.TILE))
+
+
+def _row_sum(x: Tensor) -> Tensor:
+    """`[B]`; tile by tile, since PyTorch's order of summing a long row depends on how many rows there are."""
+    return _tiles(x, 0.0).sum(-1).sum(-1)
 
 
 def _at(x: Tensor, token: Tensor) -> Tensor:

@@ -33,9 +33,8 @@ def philox4x32(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor, Tensor
     return c0, c1, c2, c3
 
 
-def random_words(seed: Tensor, position: Tensor, tile: Tensor | int, purpose: int) -> tuple[Tensor, Tensor]:
-    """64 random bits as (high, low) 32-bit words in int64, for int64 seeds and positions of the broadcast shape."""
-    tile = torch.as_tensor(tile, dtype=torch.int64, device=seed.device)
+def random_words(seed: Tensor, position: Tensor, tile: Tensor, purpose: int) -> tuple[Tensor, Tensor]:
+    """64 random bits as (high, low) 32-bit words in int64, for int64 tensors that broadcast together."""
     words = philox4x32(
         (seed & _WORD, (seed >> 32) & _WORD),
         (position & _WORD, (position >> 32) & _WORD, tile, torch.full_like(tile, purpose)),
@@ -45,7 +44,7 @@ def random_words(seed: Tensor, position: Tensor, tile: Tensor | int, purpose: in
 
 def uniform(seed: Tensor, position: Tensor) -> Tensor:
     """The row's float64 uniform inside the winning tile: 53 bits, in (0, 1)."""
-    high, low = random_words(seed, position, 0, PURPOSE_TOKEN)
+    high, low = random_words(seed, position, torch.zeros_like(position), PURPOSE_TOKEN)
     bits = (high << 21) | (low >> 11)
     return (bits.double() * 2.0**-53).clamp_min(2.0**-54)
 

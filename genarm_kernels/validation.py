@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -59,12 +60,12 @@ def operands(base_logits: Any, arm_logits: Any, vocab_size: Any) -> Operands:
 
 def weights(value: Any, base: Tensor, n_arms: int) -> tuple[list[float], Tensor | None]:
     """N numbers, or a float32 tensor `[B, N]`, from a float, N floats, or a tensor `[N]` or `[B, N]`."""
-    rows, shape = base.shape[0], f"[{n_arms}] or [{base.shape[0]}, {n_arms}]"
+    rows = base.shape[0]
     if isinstance(value, Tensor):
         _parameter_tensor("weights", value, base, floating=True)
         if tuple(value.shape) not in ((), (n_arms,), (rows, n_arms)):
-            raise ValueError(f"weights: expected a tensor of shape {shape}, got {_kind(value)}")
-        return [], value.float().expand(rows, n_arms)
+            raise ValueError(f"weights: expected a tensor [{n_arms}] or [{rows}, {n_arms}], got {_kind(value)}")
+        return [], value.detach().float().expand(rows, n_arms)
     if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != n_arms:
             raise ValueError(f"weights: expected {n_arms} numbers, one for each ARM, got {len(value)}")
@@ -100,7 +101,7 @@ def counter_rows(name: str, value: Any, base: Tensor, per_row: bool = False) -> 
     value = _int(name, value)
     if not -(2**63) <= value < 2**64:
         raise ValueError(f"{name}: expected an integer from -2^63 to 2^64 - 1, got {value}")
-    return (value + 2**63) % 2**64 - 2**63, None
+    return value if value < 2**63 else value - 2**64, None
 
 
 def token_mask(value: Any, base: Tensor, vocab_size: int) -> Tensor | None:
@@ -149,9 +150,9 @@ def _logits(name: str, x: Any) -> Tensor:
 def _rows(name: str, value: Tensor, base: Tensor, floating: bool) -> Tensor:
     rows = base.shape[0]
     _parameter_tensor(name, value, base, floating)
-    if tuple(value.shape) not in ((), (rows,)):
+    if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != rows):
         raise ValueError(f"{name}: expected a number or a tensor of shape [{rows}], got {_kind(value)}")
-    return value.expand(rows)
+    return value.detach().expand(rows)
 
 
 def _parameter_tensor(name: str, value: Tensor, base: Tensor, floating: bool) -> None:
@@ -162,19 +163,19 @@ def _parameter_tensor(name: str, value: Tensor, base: Tensor, floating: bool) ->
 
 
 def _float(name: str, value: Any) -> float:
-    # bool is an int to Python; as a weight or temperature it is a mistake. NumPy's scalars convert by __float__.
-    if isinstance(value, (bool, str)) or not (isinstance(value, (float, int)) or hasattr(value, "__float__")):
+    # bool is an int to Python; as a weight or temperature it is a mistake. Real: NumPy's scalars.
+    known: bool = isinstance(value, (float, int, Real)) and not isinstance(value, bool)
+    if not known:
         raise TypeError(f"{name}: expected a number or a tensor, got {_kind(value)}")
-    value = float(value)
-    if not abs(value) <= _MAX_FLOAT32:
+    if not -_MAX_FLOAT32 <= value <= _MAX_FLOAT32:  # before float(), which an int may be too large for
         raise ValueError(f"{name}: expected a finite float32 number, got {value}")
-    return value
+    return float(value)
 
 
 def _int(name: str, value: Any) -> int:
     if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")):
         raise TypeError(f"{name}: expected an int or an integer tensor, got {_kind(value)}")
-    return value.__index__()
+    return value if isinstance(value, int) else value.__index__()
 
 
 def _kind(value: Any) -> str:

@@ -1,13 +1,14 @@
 """GuidedDecoder on small models of several architectures, against an independent loop."""
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from genarm import GenarmError, GuidedDecoder, bundled, world
-from genarm.text import TextStream
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import oracle
+from genarm import GenarmError, GuidedDecoder, bundled, world
+from genarm.text import TextStream
 
 PROMPTS = ["a", "How do I sleep better?", "Tell me about bread, please, and be quick.", "ok then", "é" * 9]
 

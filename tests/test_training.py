@@ -18,12 +18,13 @@ import torch
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
-from genarm.errors import GenarmError
-from genarm.preferences import Preference, encode_preferences, read_preferences
-from genarm.training import ArmTrainer, collate_pairs, preference_loss, response_logps, train_arm
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from tokenizers import decoders as token_decoders
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from genarm.errors import GenarmError
+from genarm.preferences import Preference, encode_preferences, read_preferences
+from genarm.training import ArmTrainer, collate_pairs, preference_loss, response_logps, train_arm
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
@@ -379,8 +380,9 @@ def test_held_out_metrics_are_those_of_the_saved_adapter(base: Path, data: Path,
 def test_adapter_has_the_logits_of_the_trained_model(
     base: Path, data: Path, tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from genarm import training
     from peft import PeftModel
+
+    from genarm import training
 
     trained = {}
 

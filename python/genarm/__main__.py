@@ -1,0 +1,5 @@
+"""`python -m genarm`: the command line."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,33 @@
+"""`backend`: every test that takes it runs once for each backend that this machine can run."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from genarm_kernels import available_backends
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "large: many elements; left out for Triton's interpreter, which is slow")
+    expected = filter(None, os.environ.get("GENARM_EXPECT_BACKENDS", "").split(","))
+    if missing := set(expected) - set(available_backends()):
+        raise pytest.UsageError(f"GENARM_EXPECT_BACKENDS: {sorted(missing)} cannot run; {available_backends()} can")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    skip = pytest.mark.skip(reason="too many elements for Triton's interpreter (TRITON_INTERPRET=1)")
+    for item in items:
+        if item.get_closest_marker("large") and "triton" in item.name and os.environ.get("TRITON_INTERPRET") == "1":
+            item.add_marker(skip)
+
+
+@pytest.fixture(params=available_backends())
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name; tensors that the test makes are on the device which that backend serves."""
+    if request.param not in ("triton", "cuda") or not torch.cuda.is_available():
+        yield request.param
+        return
+    with torch.device("cuda"):
+        yield request.param

@@ -1,0 +1,547 @@
+"""Proof that the checks can fail: each mistake below, put into a copy of the package, fails the test that guards it."""
+
+import multiprocessing
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+REPOSITORY = Path(__file__).parent.parent
+
+# File, text (it stands there once), mistake, test that must fail (an expression of pytest's -k).
+MUTATIONS = {
+    "philox rounds": ("rng.py", "_ROUNDS = 10", "_ROUNDS = 9", "test_philox_known_answers"),
+    "philox keys that do not advance": ("rng.py", "(k0 + _WEYL[0]) & _WORD", "k0", "test_philox_known_answers"),
+    "philox of scalars only": (
+        "rng.py",
+        "    return c0, c1, c2, c3",
+        "    return c0.flatten()[0], c1, c2, c3",
+        "test_philox_broadcasts",
+    ),
+    "seed's high word dropped": ("rng.py", "(seed >> 32) & _WORD", "seed & 0", "test_counters_have_64_bits"),
+    "position's high word dropped": (
+        "rng.py",
+        "(position >> 32) & _WORD",
+        "position & 0",
+        "test_seed_and_position_enter",
+    ),
+    "position without effect": (
+        "rng.py",
+        "(position & _WORD, (position >> 32) & _WORD",
+        "(position & 0, (position >> 32) & 0",
+        "test_every_seed_and_position",
+    ),
+    "one purpose": ("rng.py", "PURPOSE_TOKEN = 1", "PURPOSE_TOKEN = 0", "test_the_two_purposes"),
+    "24-bit uniform": (
+        "rng.py",
+        "bits = (high << 21) | (low >> 11)",
+        "bits = (high >> 8) << 29",
+        "test_tail_tokens_are_reached and before",
+    ),
+    "32-bit uniform": (
+        "rng.py",
+        "bits = (high << 21) | (low >> 11)",
+        "bits = high << 21",
+        "test_tail_tokens and after",
+    ),
+    "uniform that can be 0": ("rng.py", ".clamp_min(2.0**-54)", "", "test_uniform_of_extreme_words"),
+    "no log1p": ("rng.py", "-torch.log1p(-c)", "-torch.log(1 - c)", "test_gumbel_of_extreme_words"),
+    "24-bit gumbel": (
+        "rng.py",
+        "c = high.double() * 2.0**-32 + (low.double() + 0.5) * 2.0**-64",
+        "c = ((high >> 8).double() + 0.5) * 2.0**-24",
+        "test_tail_tokens_are_reached and other",
+    ),
+    "gumbel for its negative": (
+        "rng.py",
+        "return -torch.log(exponential)",
+        "return torch.log(exponential)",
+        "test_laws",
+    ),
+    "tiles without their noise": (
+        "reference.py",
+        "(log_mass + noise).argmax(1)",
+        "log_mass.argmax(1)",
+        "test_tail_freq",
+    ),
+    "tiles without their mass": ("reference.py", "(log_mass + noise).argmax(1)", "noise.argmax(1)", "test_tail_freq"),
+    "the same noise in every tile": (
+        "reference.py",
+        "position[:, None], tile_index)",
+        "position[:, None], tile_index * 0)",
+        "test_independence",
+    ),
+    "tile mass without its sum": (
+        "reference.py",
+        "mass.sum(-1).log() + top[..., 0]",
+        "top[..., 0]",
+        "test_frequencies and normal-5000",
+    ),
+    "another tile width": ("rng.py", "TILE = 1024", "TILE = 2048", "test_random_cases"),
+    "inverse CDF off by one": (
+        "reference.py",
+        "cdf <= threshold[:, None]",
+        "cdf < 0 * threshold[:, None]",
+        "test_random",
+    ),
+    "10 % hotter, peaked": (
+        "reference.py",
+        "_draw(scaled.where",
+        "_draw((scaled / 1.1).where",
+        "test_frequencies and peaked-50-12000",
+    ),
+    "10 % hotter, not so peaked": (
+        "reference.py",
+        "_draw(scaled.where",
+        "_draw((scaled / 1.1).where",
+        "test_frequencies and normal-50-12000",
+    ),
+    "probabilities by the square root": ("reference.py", "cdf = mass[", "cdf = mass.sqrt()[", "test_tail_frequencies"),
+    "seed[0] for every row": (
+        "reference.py",
+        "rng.gumbel(seed[:, None]",
+        "rng.gumbel(seed[:1, None]",
+        "test_every_seed_and_position",
+    ),
+    "a number seeds all rows alike": (
+        "backends/reference.py",
+        "seed_rows = seed + torch.arange(base_logits.shape[0], device=base_logits.device)",
+        "seed_rows = torch.full((base_logits.shape[0],), seed)",
+        "test_a_number_seeds_row_b",
+    ),
+    "0-dim seed is no number": (
+        "validation.py",
+        "if per_row and value.dim() == 0:",
+        "if False:",
+        "test_a_number_seeds_row_b",
+    ),
+    "a batch that matters": (
+        "reference.py",
+        "threshold = rng.uniform(seed, position)",
+        "threshold = rng.uniform(seed + len(seed), position)",
+        "test_a_row_does_not_see",
+    ),
+    "torch's generator": (
+        "reference.py",
+        "threshold = rng.uniform(seed, position)",
+        "threshold = torch.rand(len(seed))",
+        "test_global_random_state",
+    ),
+    "operands changed": (
+        "reference.py",
+        "    shape, device = (operands[0]",
+        "    operands[0].mul_(0.5)\n    shape, device = (operands[0]",
+        "test_arguments_are_left",
+    ),
+    "-inf times weight": ("reference.py", "allowed = in_mask & ~blocked", "allowed = in_mask", "test_minus_infinity"),
+    "an operand of weight 0 forbids": ("reference.py", "in_use & (x == -_INF)", "x == -_INF", "test_minus_infinity"),
+    "an operand of weight 0 spoils": ("reference.py", "in_use & (x.isnan()", "(x.isnan()", "test_which_poison_counts"),
+    "poison behind the mask": ("reference.py", "(in_mask & bad).any(1)", "bad.any(1)", "test_which_poison_counts"),
+    "poison hidden by -inf": (
+        "reference.py",
+        "(in_mask & bad).any(1)",
+        "(allowed & bad).any(1)",
+        "test_which_poison_counts",
+    ),
+    "+inf is no poison": ("reference.py", "(x.isnan() | (x == _INF))", "x.isnan()", "test_random_cases"),
+    "one bad row spoils all": (
+        "reference.py",
+        "status = _status(allowed, bad | ~valid)",
+        "status = _status(allowed, bad.any() | ~valid)",
+        "test_bad_rows_leave",
+    ),
+    "status 2 before 1": (
+        "reference.py",
+        "return torch.where(bad, BAD_ROW, nothing).int()",
+        "return torch.where(bad & (nothing == 0), BAD_ROW, nothing).int()",
+        "test_which_poison_counts",
+    ),
+    "no status 2": (
+        "reference.py",
+        "torch.where(allowed.any(1), DRAWN, NO_ALLOWED_TOKEN)",
+        "allowed.any(1) * 0",
+        "test_no_allowed_token",
+    ),
+    "weight 0 in the log-probs": (
+        "reference.py",
+        "_at(x[:, :vocab_size].double().log_softmax(1), token) for x in operands]",
+        "_at((x * bool(c))[:, :vocab_size].double().log_softmax(1), token)"
+        " for x, c in zip(operands, [1, *weights[0]])]",
+        "test_operand_of_weight_zero",
+    ),
+    "mask bit off by one": ("reference.py", ">> (v % 32) & 1", ">> ((v + 1) % 32) & 1", "test_token_mask_allows"),
+    "mask words by the wrong stride": (
+        "reference.py",
+        "token_mask[:, v // 32]",
+        "token_mask[:, v // 31]",
+        "test_token_mask_allows",
+    ),
+    "softmax over masked tokens": (
+        "reference.py",
+        "return z.where(allowed, -_INF), allowed",
+        "return z.where(allowed, -30.0), allowed",
+        "test_the_softmax_runs",
+    ),
+    "own log-softmax under the mask": (
+        "reference.py",
+        "_at(x[:, :vocab_size].double()",
+        "_at(x[:, :vocab_size].where(allowed, -_INF).double()",
+        "test_the_softmax_runs",
+    ),
+    "vocab_size ignored by the log-probs": (
+        "reference.py",
+        "_at(x[:, :vocab_size].double()",
+        "_at(x.double()",
+        "test_widths_that_differ",
+    ),
+    "padding drawn": (
+        "validation.py",
+        "return Operands(base, arms, vocab_size)",
+        "return Operands(base, arms, min(widths))",
+        "test_widths_that_differ",
+    ),
+    "a row for a column of weights": (
+        "backends/reference.py",
+        "        return rows\n    if not numbers",
+        "        return rows.T if rows.shape[0] == rows.shape[1] else rows\n    if not numbers",
+        "test_forms_of_weights",
+    ),
+    "the last ARM forgotten": (
+        "backends/reference.py",
+        "for number in numbers], 1)",
+        "for number in [*numbers[:-1], 0.0]], 1)",
+        "test_number_of_arms",
+    ),
+    "greedy takes the last": ("reference.py", "z.argmax(1)", "z.shape[1] - 1 - z.flip(1).argmax(1)", "test_greedy"),
+    "greedy keeps its filters": (
+        "reference.py",
+        "kept = torch.where(greedy, 1, keep.sum(1))",
+        "kept = keep.sum(1)",
+        "test_greedy",
+    ),
+    "greedy is not certain": ("reference.py", "torch.where(greedy, logprob, log_mass)", "log_mass", "test_greedy"),
+    "greedy for all once for one": (
+        "reference.py",
+        "torch.where(greedy, z.argmax(1)",
+        "torch.where(greedy.any(), z.argmax(1)",
+        "test_greedy_beside",
+    ),
+    "temperature -1 is fine": (
+        "reference.py",
+        "valid = (temperature >= 0)",
+        "valid = (temperature >= -2)",
+        "test_numbers_out_of_range",
+    ),
+    "top_p 1.25 is fine": ("reference.py", "(top_p <= 1)", "(top_p <= 2)", "test_numbers_out_of_range"),
+    "a number min_p 1.25 is fine": (
+        "guided_step.py",
+        '"min_p", min_p, base, 0.0, 1.0',
+        '"min_p", min_p, base, 0.0, 2.0',
+        "test_numbers_out_of_range",
+    ),
+    "kept off by one": ("reference.py", "keep.sum(1))", "keep.sum(1) + 1)", "test_filters_small"),
+    "top-k off by one": ("reference.py", "start < top_k[:, None]", "start <= top_k[:, None]", "test_filters_small"),
+    "top-k cuts ties": ("reference.py", "in_top_k = (start < ", "in_top_k = (index < ", "test_equal_tokens"),
+    "top-p cuts ties": ("reference.py", "(1, 0)).gather(1, start)", "(1, 0))", "test_equal_tokens"),
+    "only the first is kept for certain": ("reference.py", "| (start == 0)", "| (index == 0)", "test_filters_keep_all"),
+    "poison at weight 0": ("reference.py", "in_use & (x.isnan()", "(x.isnan()", "test_poison_that_plays_no_part"),
+    "a row without operands is bad": (
+        "reference.py",
+        "~coefficients.isfinite().all(1)",
+        "~coefficients.any(1)",
+        "test_no_operand_in_use",
+    ),
+    "top-p without the token that crosses": (
+        "reference.py",
+        "(mass_above < top_p",
+        "(mass_above + p < top_p",
+        "test_filters_small",
+    ),
+    "top-p of the whole mass": ("reference.py", "p.where(in_top_k, 0.0).sum", "p.sum", "test_filters_small"),
+    "min-p before top-p": (
+        "reference.py",
+        "top_k_mass = p.where(in_top_k, 0.0)",
+        "top_k_mass = p.where(in_top_k & (p >= min_p[:, None]), 0.0)",
+        "test_filters_small",
+    ),
+    "min-p of the total": ("reference.py", "p >= min_p)", "p / p.sum(1, keepdim=True) >= min_p)", "test_filters_small"),
+    "nothing kept at top_p 0": ("reference.py", " | (start == 0)) &", ") &", "test_filters_small"),
+    "filters before the temperature": (
+        "reference.py",
+        "_filter(z, p, top_k",
+        "_filter(z, (z - z.amax(1, True)).double().exp(), top_k",
+        "test_filters_small",
+    ),
+    "top_k 0 keeps nothing": ("reference.py", " | (top_k <= 0)[:, None]", "", "test_filters_off"),
+    "logprob after the filters": (
+        "reference.py",
+        "logprob = _at(scaled, token) - log_total",
+        "logprob = _at(scaled, token) - log_total - log_mass",
+        "test_filters_small",
+    ),
+    "tokens in another order": (
+        "reference.py",
+        "torch.zeros_like(keep).scatter(1, order, keep)",
+        "keep",
+        "test_filters_small",
+    ),
+    "filters per row ignored": (
+        "backends/reference.py",
+        "any(rows is not None for rows in in_tensors) or ",
+        "",
+        "test_parameters_per_row",
+    ),
+    "int32 parameters read as int64": (
+        "validation.py",
+        "rows = _rows(name, value, base, floating=False).long()",
+        "rows = _rows(name, value, base, floating=False).repeat(2).view(torch.int64)[:len(base)].contiguous()",
+        "test_int32_seed",
+    ),
+    "half precision": (
+        "reference.py",
+        "_at(x[:, :vocab_size].double()",
+        "_at(x[:, :vocab_size].bfloat16()",
+        "test_precision",
+    ),
+    "z in the operands' type": (
+        "reference.py",
+        "total.nextafter(toward), total).float()",
+        "total.nextafter(toward), total).to(x.dtype).float()",
+        "test_precision",
+    ),
+    "own log-probs at the temperature": (
+        "reference.py",
+        "[:, :vocab_size].double().log_softmax(1), token)",
+        "[:, :vocab_size].double().div(temperature[:, None]).log_softmax(1), token)",
+        "test_widths_and_types",
+    ),
+    "sums in another order": (
+        "reference.py",
+        "zip(operands, coefficients.split(1, dim=1), strict=True):",
+        "reversed(list(zip(operands, coefficients.split(1, dim=1)))):",
+        "test_rounding_of_z and order",
+    ),
+    "rows by 32-bit offsets": (
+        "reference.py",
+        "x, in_use = operand[:, :vocab_size], weight != 0",
+        "x, in_use = operand.as_strided((len(operand), vocab_size), (operand.stride(0) % 2**31, 1)), weight != 0",
+        "test_offsets",
+    ),
+    "strides ignored": (
+        "reference.py",
+        "x, in_use = operand[:, :vocab_size], weight != 0",
+        "x, in_use = operand.as_strided((len(operand), vocab_size), (vocab_size, 1)), weight != 0",
+        "test_strides",
+    ),
+    "z in float64": (
+        "reference.py",
+        "z = torch.where(in_use, _fma(weight, x, z), z)",
+        "z = torch.where(in_use, z.double() + weight.double() * x.double(), z)",
+        "test_rounding_of_z and float32",
+    ),
+    "z rounded twice": (
+        "reference.py",
+        "torch.where(inexact & ~odd, total.nextafter(toward), total).float()",
+        "total.float()",
+        "test_rounding_of_z and once",
+    ),
+    "products rounded": (
+        "reference.py",
+        "weight.double() * x.double()",
+        "(weight * x.float()).double()",
+        "test_rounding_of_z and exact",
+    ),
+    "a row must be there": (
+        "reference.py",
+        "drawn = status == DRAWN",
+        "drawn = status == DRAWN + 0 * status[0]",
+        "test_empty_batch",
+    ),
+    "positions in pairs": (
+        "reference.py",
+        "gumbel(seed[:, None], position",
+        "gumbel(seed[:, None], position // 2",
+        "test_independence and position",
+    ),
+    "seeds in pairs": (
+        "reference.py",
+        "gumbel(seed[:, None], position",
+        "gumbel(seed[:, None] // 2, position",
+        "test_independence and seed",
+    ),
+    "missing detach": ("guided_step.py", "base.detach(),", "base,", "test_no_output_carries_a_gradient and operands"),
+    "log-probs nevertheless": ("guided_step.py", "    if logprobs:\n", "    if True:\n", "test_without_logprobs"),
+    "other tokens without log-probs": (
+        "reference.py",
+        "    if not logprobs:\n",
+        "    if not logprobs:\n        token = token * 0\n",
+        "test_without_logprobs",
+    ),
+    "raise_for_status mixes reasons": ("guided_step.py", "if s == code]", "if s]", "test_raise_for_status"),
+    "seeds past 64 bits": (
+        "validation.py",
+        "<= value < 2**64:",
+        "<= value < 2**65:",
+        "test_errors_name_the_argument and seed",
+    ),
+    "an argument not named": (
+        "validation.py",
+        'raise ValueError(f"token_mask: expected torch',
+        'raise ValueError(f"expected torch',
+        "test_errors_name_the_argument and token_mask",
+    ),
+    "a bool for a number": (
+        "validation.py",
+        "if isinstance(value, (bool, str)) or",
+        "if isinstance(value, str) or",
+        "test_errors_name_the_argument and weights-TypeError",
+    ),
+    "a backend replaced in silence": (
+        "backends/__init__.py",
+        "    if reason is not None:",
+        "    if reason is not None and (name := 'reference') is None:",
+        "test_a_named_backend",
+    ),
+    "a fake that drifted": (
+        "ops.py",
+        "field(torch.int64, rows)",
+        "field(torch.int32, rows)",
+        "test_opcheck and guided_step-True",
+    ),
+    "a fake of another shape": (
+        "ops.py",
+        "return torch.empty_like(base_logits, dtype=torch.float32",
+        "return torch.empty_like(base_logits[:, :5], dtype=torch.float32",
+        "test_opcheck and guided_log_softmax-True",
+    ),
+    "host synchronisation": (
+        "guided_step.py",
+        "    if logprobs:\n",
+        "    if logprobs and int(outputs[6].sum()) >= 0:\n",
+        "test_compile and False",
+    ),
+    "B burnt into the graph": (
+        "guided_step.py",
+        "    outputs = ops",
+        "    assert f'{base.shape[0]}'\n    outputs = ops",
+        "test_compile and True",
+    ),
+    "whole: no temperature": (
+        "reference.py",
+        "/ temperature.double()[:, None]).log_softmax",
+        "/ 1).log_softmax",
+        "test_whole_distribution",
+    ),
+    "whole: padding": (
+        "reference.py",
+        "base_logits.shape[1] - vocab_size), value=-_INF",
+        "base_logits.shape[1] - vocab_size), value=0.0",
+        "test_widths_that_differ",
+    ),
+    "whole: no token": (
+        "reference.py",
+        "(status == NO_ALLOWED_TOKEN)[:, None], -_INF",
+        "(status == NO_ALLOWED_TOKEN)[:, None], 0.0",
+        "test_no_allowed_token",
+    ),
+    "whole: NaN": (
+        "reference.py",
+        "(status == BAD_ROW)[:, None], torch.nan",
+        "(status == BAD_ROW)[:, None], 0.0",
+        "test_bad_rows_leave",
+    ),
+    "whole: temperature 0": (
+        "guided_log_softmax.py",
+        "temperature, base, validation.ABOVE_ZERO",
+        "temperature, base, 0.0",
+        "test_log_softmax_needs",
+    ),
+    "whole: any temperature in a tensor": (
+        "reference.py",
+        "~((temperature > 0)",
+        "~((temperature > -2)",
+        "test_log_softmax_needs",
+    ),
+    "gradient: p forgotten": (
+        "ops.py",
+        "grad - logp.exp() * grad.sum(1, keepdim=True)",
+        "grad - grad.sum(1, keepdim=True)",
+        "test_gradients",
+    ),
+    "gradient: temperature forgotten": (
+        "ops.py",
+        "grad_z = grad_z / (temperature if temperature_rows is None else temperature_rows[:, None])",
+        "pass",
+        "test_gradients",
+    ),
+    "gradient: weights forgotten": ("ops.py", "pad(coefficient * grad_z", "pad(grad_z", "test_gradient_of_one_operand"),
+    "gradient: -inf counted": ("ops.py", "grad = grad.where(logp != -torch.inf, 0.0)", "pass", "test_gradients"),
+    "an import too many": (
+        "streams.py",
+        "import functools\n",
+        "import functools\nimport transformers\n",
+        "test_imports",
+    ),
+    "a name that is not there": ("__init__.py", '"run_concurrently"]', '"run_concurrentli"]', "test_public_names"),
+    "results in another order": (
+        "streams.py",
+        "for forward in forwards]",
+        "for forward in forwards][::-1]",
+        "test_run_concurrently",
+    ),
+    "not the reference's token": (
+        "reference.py",
+        "token = torch.where(drawn, token, -1)",
+        "token = torch.where(drawn, (token + torch.randint(2, (1,))) % z.shape[1], -1)",
+        "test_same_as_the_reference",
+    ),
+}
+
+
+# Runs in a process forked from one that has imported torch: a second each in place of many.
+CHILD = """
+import os, sys
+os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT), 1)
+sys.path.insert(0, os.getcwd())
+sys.dont_write_bytecode = True
+import pytest
+files = ["tests/test_rng.py", "tests/test_guided_step.py"]
+code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", "--tb=short", *files, "-k", expression])
+assert sys.modules["genarm_kernels.reference"].__file__.startswith(os.getcwd()), "the installed package was tested"
+sys.exit(100 + code)
+"""
+PASSED, FAILED = 100, 101  # other codes: no test ran, or an error outside of a test
+
+
+@pytest.fixture
+def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The package and its tests, where a child finds them before the installed ones."""
+    for folder in ("genarm_kernels", "tests"):
+        shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def outcome(expression: str) -> int | None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo.testing", "scipy.stats", "pytest"])
+    child = context.Process(target=exec, args=(CHILD, {"expression": f"({expression}) and not cpu and not triton"}))
+    child.start()
+    child.join()
+    return child.exitcode
+
+
+def test_without_a_mutation_the_tests_pass(copy: Path) -> None:
+    assert outcome("test_philox or test_greedy or test_filters or test_errors") == PASSED, Path("log").read_text()
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_mutation_is_caught(copy: Path, name: str) -> None:
+    file, text, mistake, expression = MUTATIONS[name]
+    path = copy / "genarm_kernels" / file
+    source = path.read_text()
+    assert source.count(text) == 1, f"{file} holds {text!r} {source.count(text)} times"
+    path.write_text(source.replace(text, mistake))
+    assert outcome(expression) == FAILED, Path("log").read_text()
