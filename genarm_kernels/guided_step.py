@@ -59,7 +59,7 @@ def guided_step(
 ) -> GuidedStep:
     """Draws one token a row from softmax((base_weight * base + sum_i weights_i * arm_i) / temperature).
 
-    The guided distribution of GenARM (Xu et al. 2024, arXiv 2410.08193, eq. 6 and 9); the same sum serves proxy tuning,
+    The decoding distribution of GenARM (Xu et al. 2024, arXiv 2410.08193); the same sum serves proxy tuning,
     contrastive decoding and classifier-free guidance with other coefficients. No host synchronisation.
 
     Args:

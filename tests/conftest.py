@@ -10,6 +10,9 @@ from genarm_kernels import available_backends
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # The tests' models are so small that a second thread only waits: up to 20 times slower on a busy machine.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     config.addinivalue_line("markers", "large: many elements; left out for Triton's interpreter, which is slow")
     expected = filter(None, os.environ.get("GENARM_EXPECT_BACKENDS", "").split(","))
     if missing := set(expected) - set(available_backends()):

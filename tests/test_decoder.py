@@ -93,6 +93,20 @@ def test_equals_a_loop_without_cache_or_batch(tokenizer, kind, sampling):
         assert result.tokens[b] == expected(decoder, models_, [ids] * 3, [0.7, -0.4], 64, seed=11 + b, **sampling)
 
 
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"top_p": 0.95, "min_p": 0.01}])
+def test_trained_models_equal_the_loop(trained, sampling):
+    result = trained.generate(messages=CHATS[:5], weights={"helpful": 1.0, "polite": 0.5}, seed=4, **sampling)
+    forwards = [AutoModelForCausalLM.from_pretrained(bundled.path(name)) for name in bundled.NAMES]
+    for b, chat in enumerate(CHATS[:5]):
+        ids = trained.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        eos = (trained.tokenizer.eos_token_id,)
+        assert result.finish_reasons[b] == "eos"
+        assert result.tokens[b] == oracle.decode(
+            [forward_of(model) for model in forwards], [ids] * 3, [1.0, 0.5], 128,
+            vocab_size=trained.vocab_size, eos=eos, seed=4 + b, **sampling,
+        )  # fmt: skip
+
+
 def test_per_prompt_parameters_equal_separate_calls(decoder):
     each = {
         "weights": [{"a": 1.5}, {"b": -0.5, "a": 0.0}, {"a": 2.0, "b": 2.0}, {}, {"b": 1.0}],

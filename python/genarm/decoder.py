@@ -65,8 +65,8 @@ class StreamEvent:
 class GuidedDecoder:
     """Draws each token from softmax((base logits + sum of weight_i * ARM_i logits) / temperature).
 
-    GenARM (Xu et al. 2024, arXiv 2410.08193, eq. 6 and 9). Every model keeps its own KV cache and runs one forward of
-    one token a step; a prompt's tokens do not depend on what it is batched with, beyond float noise of the forwards.
+    The decoding of GenARM (Xu et al. 2024, arXiv 2410.08193). Every model keeps its own KV cache and runs one forward
+    of one token a step; a prompt's tokens do not depend on what it is batched with, beyond float noise of the forwards.
 
     >>> from genarm import bundled
     >>> decoder = GuidedDecoder.from_pretrained(bundled.path("base"), arms={"helpful": bundled.path("helpful")})
