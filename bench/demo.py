@@ -46,7 +46,7 @@ def show_speed(console: Console) -> None:
     """Tokens/s of naive guided decoding and of ours, in turn on the same models and prompts, medians."""
     base, arm = (AutoModelForCausalLM.from_pretrained(bundled.path(name)).eval() for name in ("base", "helpful"))
     tokenizer = AutoTokenizer.from_pretrained(bundled.path("base"))
-    base.generation_config.eos_token_id = len(tokenizer)  # never drawn: every run makes all its tokens
+    base.generation_config.eos_token_id = None  # every run makes all its tokens
     decoder = GuidedDecoder(base, tokenizer, {"helpful": arm})
     sampling = {"temperature": 0.7, "top_p": 0.9, "top_k": 0}
     table = Table(title=f"tokens/s on the CPU, {torch.get_num_threads()} threads: one ARM, top-p 0.9, {TOKENS} tokens")

@@ -4,12 +4,15 @@
 distribution; `run_concurrently` runs the models' forward passes side by side.
 """
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from .backends import available_backends
 from .guided_log_softmax import guided_log_softmax
 from .guided_step import GuidedStep, guided_step
 from .streams import run_concurrently
 
-__version__ = version("genarm-kernels")
+try:
+    __version__ = version("genarm-kernels")
+except PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "unknown"
 __all__ = ["GuidedStep", "available_backends", "guided_log_softmax", "guided_step", "run_concurrently"]

@@ -64,7 +64,7 @@ def guided_step(
 
     Args:
         base_logits: `[B, V]` float32, bfloat16 or float16; last dimension contiguous, any row stride.
-        arm_logits: N tensors `[B, V_i]`, or one `[N, B, V]`, of the base's dtype and device. None: plain sampling.
+        arm_logits: N tensors `[B, V_i]`, or one `[N, B, V]`, of the base's dtype and device. N = 0: plain sampling.
         weights: the ARMs' coefficients: a float (for every ARM), N floats, or a tensor `[N]` or `[B, N]`. Any sign,
             never normalised. An ARM of weight 0 has no influence, and still reports its log-probability.
         base_weight: the base's coefficient, a float or a tensor `[B]`.

@@ -11,11 +11,11 @@ from torch.utils import _pytree as pytree
 def run_concurrently(*forwards: Callable[[], Any]) -> list[Any]:
     """Calls each of `forwards` on a CUDA stream of its own and returns their results in order.
 
-    The streams are forked from the current stream and joined to it by events: the callables see all work queued before,
-    work queued after waits for all of them, and nothing waits on the host. Capturable in a CUDA graph. Tensors in a
-    result (in any nesting that torch's pytree knows) are recorded on the current stream, so that their memory is not
-    handed out again while it reads them. Where no CUDA is in use the callables run in turn. The first exception ends
-    the round and is raised once every stream has been joined.
+    The streams are forked from the current device's current stream and joined to it by events: the callables see all
+    work queued before, work queued after waits for all of them, and nothing waits on the host. Capturable in a CUDA
+    graph. Tensors in a result (in any nesting that torch's pytree knows) are recorded on the current stream, so that
+    their memory is not handed out again while it reads them. Where no CUDA is in use the callables run in turn. The
+    first exception ends the round and is raised once every stream has been joined.
 
     >>> run_concurrently(lambda: 1 + 1, lambda: torch.zeros(2).sum().item())
     [2, 0.0]

@@ -28,7 +28,7 @@ SMALL = {
                 "num_key_value_heads": 1, "sliding_window": 16},
     "gemma2": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
                "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 16},
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2},
     "opt": {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
             "word_embed_proj_dim": 32},
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 2},
@@ -37,14 +37,23 @@ SMALL = {
 
 
 def make_model(kind="llama", seed=0, vocab_size=258, **changes):
-    """A random model with logits spread enough that float noise decides no token."""
+    """A random model whose logits depend on the whole context, and are spread so that float noise decides nothing."""
     torch.manual_seed(seed)
     sizes = {"max_position_embeddings": 256, **SMALL[kind], **changes}
     config = AutoConfig.for_model(kind, vocab_size=vocab_size, bos_token_id=0, eos_token_id=1, pad_token_id=0, **sizes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(40 if kind != "gpt2" else 20)
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and "norm" not in name:
+                torch.nn.init.normal_(parameter, std=0.5 if "embed" in name or "wte" in name else 0.3)
     return model
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_the_models_see_their_context(kind):
+    """What the tests below rest on: the first of ten tokens changes the last one's logits by more than noise."""
+    first, other = (make_model(kind)(torch.tensor([[start, *range(20, 29)]])).logits[0, -1] for start in (5, 6))
+    assert (first - other).abs().max() > 0.05
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +174,10 @@ def test_eos_ends_a_row_and_not_its_neighbours(trained):
         assert eos not in tokens[:-1]
         assert trained.tokenizer.eos_token not in text
         assert reason == "eos" or len(tokens) == longest - 1
+    # The end of a text may begin a stop string, until EOS shows that it does not.
+    events = list(trained.stream(messages=CHATS[0], seed=1, stop=[". never"]))
+    assert events[-1].finish_reason == "eos"
+    assert "".join(event.text for event in events).endswith(".")
 
 
 def test_several_eos_ids_of_the_generation_config(tokenizer):
@@ -294,7 +307,7 @@ def test_adapter_folder_shares_the_base_and_equals_a_merged_copy(tokenizer, tmp_
 
 
 def test_finished_rows_do_not_run_off_a_position_table(tokenizer):
-    decoder = GuidedDecoder(make_model("gpt2"), tokenizer)
+    decoder = GuidedDecoder(make_model("gpt2", max_position_embeddings=128), tokenizer)
     result = decoder.generate(["x" * 120, "x"], max_new_tokens=[8, 100], seed=4)
     assert [len(tokens) for tokens in result.tokens] == [8, 100]
 
@@ -304,8 +317,8 @@ BAD = {
     "weight no number": ({"weights": {"a": "much"}}, r"weights\['a'\]"),
     "weight nan": ({"weights": {"a": float("nan")}}, r"weights\['a'\]"),
     "weights of other length": ({"weights": {"a": [1.0, 2.0]}}, "expected a number or 1"),
-    "too long": ({"prompts": "x" * 300}, "300 tokens"),
-    "no room": ({"max_new_tokens": 256}, "more than the 256 positions"),
+    "too long": ({"prompts": ["a", "x" * 300]}, "prompt 1: 300 tokens"),
+    "no room": ({"prompts": "ab", "max_new_tokens": 256}, "more than the 256 positions of the base"),
     "no new token": ({"max_new_tokens": 0}, "max_new_tokens"),
     "temperature": ({"temperature": -1.0}, "temperature"),
     "top_p": ({"top_p": 1.5}, "top_p"),
@@ -314,6 +327,14 @@ BAD = {
     "seed": ({"seed": "x"}, "seed"),
     "stop": ({"stop": [""]}, "stop"),
     "empty prompt": ({"prompts": ""}, "no tokens"),
+    "huge weight": ({"weights": {"a": 10**400}}, r"weights\['a'\]"),
+    "beyond float32": ({"temperature": 1e39}, "temperature"),
+    "weights no mapping": ({"weights": 1.0}, "expected a mapping"),
+    "weights of numbers": ({"weights": [1.0]}, "expected a mapping"),
+    "seed beyond 64 bits": ({"seed": 2**64}, "seed"),
+    "prompt no text": ({"prompts": ["a", 1]}, "prompt 1: expected a str"),
+    "prompts bytes": ({"prompts": b"a"}, "prompts: expected"),
+    "stop no text": ({"stop": 5}, "stop"),
     "both": ({"messages": [{"role": "user", "content": "x"}]}, "either prompts or messages"),
     "arm_prompts name": ({"arm_prompts": {"c": ["x"]}}, "'c'"),
     "arm_prompts length": ({"arm_prompts": {"a": ["x", "y"]}}, "expected 1 prompts"),
@@ -323,8 +344,86 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_requests_say_what_is_wrong(decoder, case):
     request, message = BAD[case]
-    with pytest.raises(GenarmError, match=message):
-        decoder.generate(**{"prompts": "a", **request})
+    for refuses in (decoder.generate, decoder.check):
+        with pytest.raises(GenarmError, match=message):
+            refuses(**{"prompts": "a", **request})
+
+
+def test_the_last_position_can_be_filled(decoder):
+    assert len(decoder.generate("x" * 256, max_new_tokens=1).tokens[0]) == 1
+
+
+def test_one_seed_counts_up_and_many_are_taken_as_they_are(decoder):
+    options = {"max_new_tokens": 8, "temperature": 2.0}
+    same = decoder.generate(["a"] * 3, seed=[5, 5, 5], **options).tokens
+    assert same[0] == same[1] == same[2]
+    up = decoder.generate(["a"] * 3, seed=np.int64(5), **options).tokens
+    assert up == decoder.generate(["a"] * 3, seed=[5, 6, 7], **options).tokens
+    assert up[0] != up[1]
+    huge = {"seed": 2**64 - 1, "top_k": [10**30, 10**30]}
+    assert (
+        decoder.generate(["a"] * 2, **huge, **options).tokens == decoder.generate(["a"] * 2, seed=-1, **options).tokens
+    )
+
+
+def test_tokens_that_a_model_lacks(tokenizer):
+    narrow = GuidedDecoder(make_model(), tokenizer, {"a": make_model(seed=1, vocab_size=60)})
+    with pytest.raises(GenarmError, match=r"prompt 1: its token \d+ lies outside the 60 tokens of ARM 'a'"):
+        narrow.generate(["!", "é"])
+    late_eos = make_model()
+    late_eos.generation_config.eos_token_id = 200
+    with pytest.raises(GenarmError, match=r"EOS \[200\]"):
+        GuidedDecoder(late_eos, tokenizer, {"a": make_model(seed=1, vocab_size=60)})
+
+
+def test_weights_change_all_or_none(decoder):
+    stream = decoder.stream("a", weights={"a": 1.0, "b": 1.0}, max_new_tokens=4)
+    with pytest.raises(GenarmError, match="'c'"):
+        stream.set_weights({"a": 9.0, "c": 1.0})
+    unchanged = decoder.generate("a", weights={"a": 1.0, "b": 1.0}, max_new_tokens=4).tokens[0]
+    assert [event.token for event in stream] == unchanged
+
+
+def test_a_template_that_refuses(tokenizer):
+    refusing = byte_tokenizer(chat_template="{{ raise_exception('no system role') }}")
+    with pytest.raises(GenarmError, match="prompt 0: the chat template rejects the messages: no system role"):
+        GuidedDecoder(make_model(), refusing).generate(messages=[{"role": "system", "content": "x"}])
+
+
+def test_backends_are_checked_at_once(tokenizer, tmp_path):
+    with pytest.raises(GenarmError, match="'nope'"):
+        GuidedDecoder(make_model(), tokenizer, backend="nope")
+    with pytest.raises(GenarmError, match="'cuda' cannot run"):  # before the missing folder is
+        GuidedDecoder.from_pretrained(tmp_path / "missing", device="cpu", backend="cuda")
+
+
+def test_adapters_that_do_not_fit(tokenizer, tmp_path):
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
+    make_model().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    for layers in (1, 3):
+        lora = LoraConfig(r=2, target_modules=["q_proj"])
+        get_peft_model(make_model(num_hidden_layers=layers), lora).save_pretrained(tmp_path / "lora")
+        with pytest.raises(GenarmError, match="does not fit the base"):
+            GuidedDecoder.from_pretrained(tmp_path / "base", {"a": tmp_path / "lora"}, device="cpu")
+    tuned = get_peft_model(make_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    tuned.save_pretrained(tmp_path / "tuned")
+    with pytest.raises(GenarmError, match="PROMPT_TUNING"):
+        GuidedDecoder.from_pretrained(tmp_path / "base", {"a": tmp_path / "tuned"}, device="cpu")
+
+
+def test_text_around_a_special_token_in_the_middle():
+    """A tokenizer that writes spaces by the neighbours: the window must not begin at what decodes to nothing."""
+    words = {"▁Hello": 0, "▁world": 1, "<tool>": 2, "!": 3, "<unk>": 4}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, additional_special_tokens=["<tool>"])
+    stream = TextStream(tokenizer, [], stop=["world wo"])
+    shown = [stream.push(token) for token in (0, 1, 2, 1, 3)]
+    assert tokenizer.decode([0, 1, 2, 1, 3], skip_special_tokens=True) == "Hello world world!"
+    assert "".join(shown) == "Hello "
+    assert stream.stopped
 
 
 def test_nan_logits_are_reported_not_decoded(tokenizer):
@@ -336,8 +435,9 @@ def test_nan_logits_are_reported_not_decoded(tokenizer):
 
 
 def test_loading_errors(tokenizer, tmp_path):
-    with pytest.raises(GenarmError, match="no such folder"):
-        GuidedDecoder.from_pretrained(tmp_path / "missing")
+    for missing in (tmp_path / "missing", str(tmp_path / "missing"), "my model", "-x", "a..b", "foo bar/baz"):
+        with pytest.raises(GenarmError, match="no such folder"):
+            GuidedDecoder.from_pretrained(missing)
     (tmp_path / "empty").mkdir()
     with pytest.raises(GenarmError, match="no causal language model"):
         GuidedDecoder.from_pretrained(tmp_path / "empty")
@@ -350,10 +450,14 @@ def test_loading_errors(tokenizer, tmp_path):
     make_model().save_pretrained(tmp_path / "base")
     with pytest.raises(GenarmError, match="no tokenizer"):
         GuidedDecoder.from_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(GenarmError, match="cannot be loaded"):
+        GuidedDecoder.from_pretrained(tmp_path / "base")
     with pytest.raises(GenarmError, match="device"):
         GuidedDecoder.from_pretrained(tmp_path / "base", device="warp")
-    with pytest.raises(GenarmError, match="dtype"):
-        GuidedDecoder.from_pretrained(tmp_path / "base", dtype="float12")
+    for dtype in ("float12", "float64", torch.float64):
+        with pytest.raises(GenarmError, match="dtype"):
+            GuidedDecoder.from_pretrained(tmp_path / "base", dtype=dtype)
     with pytest.raises(GenarmError, match="tokenizer"):
         GuidedDecoder.from_pretrained(make_model())
 

@@ -6,8 +6,8 @@ prompts -> token ids -> [base forward | ARM forwards] -> guided_step -> tokens -
 """
 
 import inspect
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, TypeAlias
@@ -15,14 +15,17 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from genarm_kernels import GuidedStep, guided_step, run_concurrently
+from genarm_kernels import GuidedStep, backends, guided_step, run_concurrently, validation
+from genarm_kernels.reference import BAD_ROW
 
 from . import loading
-from .errors import GenarmError
+from .errors import GenarmError, PromptError
+from .prompts import check_arm
 from .text import TextStream
 
 Messages: TypeAlias = Sequence[Mapping[str, str]]
 PerPrompt: TypeAlias = float | Sequence[float]
+_MAX_FLOAT32 = torch.finfo(torch.float32).max
 Weights: TypeAlias = Mapping[str, PerPrompt] | Sequence[Mapping[str, float]] | None
 
 
@@ -88,19 +91,24 @@ class GuidedDecoder:
         """From loaded transformers models; an ARM without a tokenizer of its own uses the base's.
 
         Raises:
-            GenarmError: tokenizers that give a shared id different strings (the first is named).
+            GenarmError: tokenizers that give a shared id different strings (the first is named), EOS ids that not every
+                model has, a backend that cannot run.
         """
-        tokenizers = arm_tokenizers or {}
+        tokenizers = dict(arm_tokenizers or {})
+        for name in tokenizers:
+            check_arm(name, arms or {}, "arm_tokenizers")
         self._base = loading.LoadedModel(base.eval(), tokenizer)
         self._arms = {
             name: loading.LoadedModel(arm.eval(), tokenizers.get(name) or tokenizer)
             for name, arm in (arms or {}).items()
         }
-        self._backend = backend
+        self._device = torch.device(base.device)
+        self._backend = _check_backend(backend, self._device.type)
         self.vocab_size = loading.shared_vocabulary(self._base, self._arms)
-        eos = getattr(base.generation_config, "eos_token_id", None)
-        eos = tokenizer.eos_token_id if eos is None else eos
+        eos = getattr(getattr(base, "generation_config", None), "eos_token_id", None)
         self._eos = frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
+        if self._eos and min(self._eos) >= self.vocab_size:
+            raise GenarmError(f"EOS {sorted(self._eos)} lies outside the models' shared vocabulary, {self.vocab_size}")
 
     @classmethod
     def from_pretrained(
@@ -126,9 +134,10 @@ class GuidedDecoder:
 
         Raises:
             GenarmError: a folder that is missing or holds no causal language model, an adapter that does not fit, a
-                tokenizer that differs from the base's.
+                tokenizer that differs from the base's, a device or backend that cannot be used.
         """
         device, dtype = loading.resolve_device(device), loading.resolve_dtype(dtype)
+        _check_backend(backend, torch.device(device).type)
         tokenizers = arm_tokenizers or {}
         loaded_base = loading.load_base(base, tokenizer, device, dtype)
         loaded = {
@@ -153,7 +162,6 @@ class GuidedDecoder:
         """The ARMs' names, in the order they were given."""
         return tuple(self._arms)
 
-    @torch.inference_mode()
     def generate(
         self,
         prompts: str | Sequence[str | Messages] | None = None,
@@ -182,11 +190,14 @@ class GuidedDecoder:
             stop: strings that end a continuation, wherever tokens begin and end.
 
         Raises:
-            GenarmError: what cannot be decoded as asked, before anything is decoded: an ARM name that is not loaded, a
-                number out of range, a prompt longer than a model allows, messages without a chat template, ...
+            GenarmError: what cannot be decoded as asked, before anything is decoded (`PromptError` where one prompt is
+                at fault): an ARM name that is not loaded, a number out of range, a prompt longer than a model allows,
+                messages without a chat template, ... While decoding: logits that hold NaN or infinity.
         """
         run = self._run(
-            prompts, messages, arm_prompts, weights, max_new_tokens, temperature, top_k, top_p, min_p, seed, stop
+            self._request(
+                prompts, messages, arm_prompts, weights, max_new_tokens, temperature, top_k, top_p, min_p, seed, stop
+            )
         )
         for _ in run.steps():
             pass
@@ -197,6 +208,26 @@ class GuidedDecoder:
             base_logprobs=[row.base_logprobs for row in run.rows],
             rewards={name: [row.rewards[name] for row in run.rows] for name in self._arms},
             finish_reasons=[row.finish_reason or "length" for row in run.rows],
+        )
+
+    def check(
+        self,
+        prompts: str | Sequence[str | Messages] | None = None,
+        *,
+        messages: Messages | Sequence[Messages] | None = None,
+        arm_prompts: Mapping[str, Sequence[str | Messages]] | None = None,
+        weights: Weights = None,
+        max_new_tokens: int | Sequence[int] = 128,
+        temperature: PerPrompt = 1.0,
+        top_k: int | Sequence[int] = 0,
+        top_p: PerPrompt = 1.0,
+        min_p: PerPrompt = 0.0,
+        seed: int | Sequence[int] = 0,
+        stop: str | Sequence[str] = (),
+    ) -> None:
+        """Raises what `generate` with the same arguments would raise before decoding; touches no model."""
+        self._request(
+            prompts, messages, arm_prompts, weights, max_new_tokens, temperature, top_k, top_p, min_p, seed, stop
         )
 
     def stream(
@@ -221,12 +252,12 @@ class GuidedDecoder:
         if prompt is not None and not isinstance(prompt, str):
             raise TypeError(f"prompt: stream takes one str, got {type(prompt).__name__}")
         own = {name: [one] for name, one in (arm_prompts or {}).items()}
-        run = self._run(
-            prompt, messages, own, weights, max_new_tokens, temperature, top_k, top_p, min_p, seed, stop, True
+        request = self._request(
+            prompt, messages, own, weights, max_new_tokens, temperature, top_k, top_p, min_p, seed, stop
         )
-        return GuidedStream(run)
+        return GuidedStream(self._run(request, streaming=True))
 
-    def _run(
+    def _request(
         self,
         prompts: str | Sequence[str | Messages] | None,
         messages: Any,
@@ -239,54 +270,66 @@ class GuidedDecoder:
         min_p: PerPrompt,
         seed: int | Sequence[int],
         stop: str | Sequence[str],
-        streaming: bool = False,
-    ) -> "_Run":
-        """Checks a request and lays it out in rows."""
+    ) -> "_Request":
+        """Everything that can be checked before decoding, checked; on the host alone."""
         inputs = _inputs(prompts, messages)
-        ids = {"": _encode("prompt", self._base.tokenizer, inputs)}
-        for name in arm_prompts or {}:
-            self._known(name, "arm_prompts")
+        texts = [_render(i, self.tokenizer, one) for i, one in enumerate(inputs)]
+        ids = [_encode(self._base.tokenizer, texts)]
+        own_prompts = dict(arm_prompts or {})
+        for name in own_prompts:
+            check_arm(name, self._arms, "arm_prompts")
         for name, arm in self._arms.items():
-            own = (arm_prompts or {}).get(name)
-            if own is None:  # the base's text, also where it came from the base's chat template
-                texts = [_render("prompt", self._base.tokenizer, one) for one in inputs]
-                ids[name] = [_encode_text(arm.tokenizer, text, special) for text, special in texts]
-            elif len(own) != len(inputs):
-                raise GenarmError(f"arm_prompts[{name!r}]: expected {len(inputs)} prompts, got {len(own)}")
-            else:
-                ids[name] = _encode(f"arm_prompts[{name!r}]", arm.tokenizer, own)
+            own_texts = texts
+            if name in own_prompts:
+                own = _inputs(own_prompts[name], None)
+                if len(own) != len(inputs):
+                    raise GenarmError(f"arm_prompts[{name!r}]: expected {len(inputs)} prompts, got {len(own)}")
+                own_texts = [_render(i, arm.tokenizer, one) for i, one in enumerate(own)]
+            ids.append(_encode(arm.tokenizer, own_texts))
 
         rows = len(inputs)
         limits = _ints("max_new_tokens", max_new_tokens, rows, low=1)
-        models = {"": self._base.model, **{name: arm.model for name, arm in self._arms.items()}}
-        for name, model in models.items():
-            _check_lengths(name, model, ids[name], limits)
-        stop = [stop] if isinstance(stop, str) else list(stop)
-        if not all(isinstance(text, str) and text for text in stop):
-            raise GenarmError("stop: expected non-empty strings")
-        return _Run(
-            caches=[_CachedModel(model, ids[name], max(limits, default=0)) for name, model in models.items()],
-            rows=[
-                _Row(
-                    TextStream(self.tokenizer, prompt, stop),
-                    limit,
-                    bool(stop) or streaming,
-                    {n: [] for n in self._arms},
-                )
-                for prompt, limit in zip(ids[""], limits, strict=True)
-            ],
-            arm_names=self.arm_names,
+        labels = ["the base", *(f"ARM {name!r}" for name in self._arms)]
+        for label, loaded, own_ids in zip(labels, (self._base, *self._arms.values()), ids, strict=True):
+            _check_prompts(label, loaded.model, own_ids, limits)
+        stops = [stop] if isinstance(stop, str) else list(stop) if isinstance(stop, Sequence) else [stop]
+        if not all(isinstance(text, str) and text for text in stops):
+            raise GenarmError(f"stop: expected non-empty strings, got {stop!r}")
+        return _Request(
+            ids=ids,
+            limits=limits,
             weights=self._weights(weights, rows),
             parameters={
                 "temperature": _floats("temperature", temperature, rows, 0.0),
-                "top_k": _ints("top_k", top_k, rows),
+                "top_k": [max(0, min(k, 2**31 - 1)) for k in _ints("top_k", top_k, rows)],
                 "top_p": _floats("top_p", top_p, rows, 0.0, 1.0),
                 "min_p": _floats("min_p", min_p, rows, 0.0, 1.0),
             },
             seeds=_seeds(seed, rows),
+            stop=stops,
+        )
+
+    def _run(self, request: "_Request", streaming: bool = False) -> "_Run":
+        """Lays a request out in rows, each model's in a cache of its own."""
+        room = max(request.limits, default=0)
+        models = [self._base.model, *(arm.model for arm in self._arms.values())]
+        return _Run(
+            caches=[_CachedModel(model, ids, room) for model, ids in zip(models, request.ids, strict=True)],
+            rows=[
+                _Row(
+                    text=TextStream(self.tokenizer, prompt, request.stop),
+                    limit=limit,
+                    incremental=bool(request.stop) or streaming,
+                    rewards={name: [] for name in self._arms},
+                )
+                for prompt, limit in zip(request.ids[0], request.limits, strict=True)
+            ],
+            request=request,
+            arm_names=self.arm_names,
             eos=self._eos,
             vocab_size=self.vocab_size,
             backend=self._backend,
+            device=self._device,
         )
 
     def _weights(self, weights: Weights, rows: int) -> list[list[float]]:
@@ -294,24 +337,17 @@ class GuidedDecoder:
         if weights is None:
             return [[1.0] * len(self._arms) for _ in range(rows)]
         if isinstance(weights, Mapping):
-            columns = {name: _floats(f"weights[{name!r}]", value, rows) for name, value in weights.items()}
-            by_row: list[Mapping[str, float]] = [
-                {name: column[b] for name, column in columns.items()} for b in range(rows)
-            ]
+            columns = _named_floats(weights, self._arms, rows)
+            by_row = [{name: column[b] for name, column in columns.items()} for b in range(rows)]
+        elif not isinstance(weights, Sequence) or not all(isinstance(row, Mapping) for row in weights):
+            raise GenarmError(f"weights: expected a mapping of ARM names to numbers, or one a prompt, got {weights!r}")
         elif len(weights) != rows:
             raise GenarmError(f"weights: expected one mapping or {rows}, one a prompt, got {len(weights)}")
         else:
             by_row = [
-                {name: _floats(f"weights[{name!r}]", value, 1)[0] for name, value in row.items()} for row in weights
+                {name: values[0] for name, values in _named_floats(row, self._arms, 1).items()} for row in weights
             ]
-        for name in {name for row in by_row for name in row} | set(weights if isinstance(weights, Mapping) else ()):
-            self._known(name, "weights")
         return [[row.get(name, 0.0) for name in self._arms] for row in by_row]
-
-    def _known(self, name: str, argument: str) -> None:
-        if name not in self._arms:
-            loaded = ", ".join(map(repr, self._arms)) or "none"
-            raise GenarmError(f"{argument}: no ARM is called {name!r}; loaded: {loaded}")
 
 
 class GuidedStream:
@@ -324,7 +360,6 @@ class GuidedStream:
     def __iter__(self) -> Iterator[StreamEvent]:
         return self
 
-    @torch.inference_mode()
     def __next__(self) -> StreamEvent:
         next(self._steps)
         row = self._run.rows[0]
@@ -340,6 +375,18 @@ class GuidedStream:
     def set_weights(self, weights: Mapping[str, float]) -> None:
         """The next token uses these; an ARM left out keeps its weight. GenarmError on an unknown name or bad number."""
         self._run.set_weights(weights)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A checked request; lists over prompts."""
+
+    ids: list[list[list[int]]]  # of the base's prompts, then of each ARM's
+    limits: list[int]
+    weights: list[list[float]]
+    parameters: dict[str, list[Any]]  # of guided_step
+    seeds: list[int]
+    stop: list[str]
 
 
 @dataclass
@@ -397,7 +444,7 @@ class _CachedModel:
         self._model = model
         self._mask = mask.to(self.device) if width and int(lengths.min()) < width else None
         self._positions = (mask[:, :width].cumsum(1) - 1).clamp_min(0).to(self.device)
-        self._last_position = (_max_positions(model) or math.inf) - 1
+        self._max_positions = loading.max_positions(model)
         self._length = width
         forward = inspect.signature(_unwrapped(model).forward).parameters
         self._takes_positions = "position_ids" in forward
@@ -413,20 +460,25 @@ class _CachedModel:
             "use_cache": True,
             **self._options,
         }
-        if self._mask is not None:
+        if self._mask is not None and (self._cache is None or self._cache_name == "past_key_values"):
+            # A state-space cache has taken the padding in; its steps would multiply the whole mask into one token.
             inputs["attention_mask"] = self._mask[:, : self._length]
         if self._takes_positions:
             inputs["position_ids"] = self._positions
         outputs = self._model(**inputs)
-        self._cache = outputs[self._cache_name]
+        self._cache = outputs.get(self._cache_name)
+        if self._cache is None:
+            raise GenarmError(f"{type(_unwrapped(self._model)).__name__} gives no cache to decode with")
         return outputs.logits[:, -1]
 
     def append(self, tokens: Tensor) -> None:
         """Makes the drawn tokens `[B]` the input of the next forward."""
         self.ids = tokens[:, None].to(self.device)
         self._length += 1
-        # A row that has finished goes on until all have; it must not run off the end of a position table.
-        self._positions = (self._positions[:, -1:] + 1).clamp_max(self._last_position)
+        self._positions = self._positions[:, -1:] + 1
+        if self._max_positions is not None:
+            # A row that has finished goes on until all have; it must not run off the end of a position table.
+            self._positions = self._positions.clamp_max(self._max_positions - 1)
 
 
 class _Run:
@@ -436,38 +488,35 @@ class _Run:
         self,
         caches: list[_CachedModel],
         rows: list[_Row],
+        request: _Request,
         arm_names: Sequence[str],
-        weights: list[list[float]],
-        parameters: dict[str, list[Any]],
-        seeds: list[int],
         eos: frozenset[int],
         vocab_size: int,
         backend: str,
+        device: torch.device,
     ) -> None:
         self.rows = rows
         self._caches = caches
         self._arm_names = arm_names
-        self._device = caches[0].device
-        self._weights = torch.tensor(weights, device=self._device).reshape(len(rows), len(arm_names))
-        self._parameters = {name: _as_parameter(values, self._device) for name, values in parameters.items()}
-        self._seeds = torch.tensor(seeds, device=self._device)
+        self._weights = torch.tensor(request.weights, device=device).reshape(len(rows), len(arm_names))
+        self._parameters = {name: _as_parameter(values, device) for name, values in request.parameters.items()}
+        self._seeds = torch.tensor(request.seeds, device=device)
         self._eos = eos
         self._vocab_size = vocab_size
         self._backend = backend
+        self._device = device
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
-        for name, value in weights.items():
-            if name not in self._arm_names:
-                raise GenarmError(
-                    f"weights: no ARM is called {name!r}; loaded: {', '.join(map(repr, self._arm_names))}"
-                )
-            self._weights[:, self._arm_names.index(name)] = _floats(f"weights[{name!r}]", value, 1)[0]
+        for name, values in _named_floats(weights, self._arm_names, 1).items():
+            self._weights[:, self._arm_names.index(name)] = values[0]
 
     def steps(self) -> Iterator[None]:
         """Draws one token of every row at each step, until all rows have finished."""
         position = 0
         while any(row.finish_reason is None for row in self.rows):
-            with torch.inference_mode():
+            # run_concurrently forks its streams on the current device.
+            on_device = torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+            with torch.inference_mode(), on_device:
                 self._record(self._step(position))
             position += 1
             yield
@@ -498,56 +547,68 @@ class _Run:
             if row.finish_reason is not None:
                 continue
             if token[b] < 0:
-                raise GenarmError(f"prompt {b}, token {len(row.tokens)}: the models' logits hold NaN or infinity")
+                bad = step.status[b] == BAD_ROW
+                reason = "the models' logits hold NaN or infinity" if bad else "the models allow no token"
+                raise PromptError(b, f"token {len(row.tokens)} cannot be drawn: {reason}")
             row.append(token[b], logprob[b], base_logprob[b], rewards[b], self._eos)
 
 
-def _inputs(prompts: str | Sequence[str | Messages] | None, messages: Any) -> list[Any]:
-    """A list of prompts (str) or of chats (lists of messages)."""
+def _check_backend(name: str, device_type: str) -> str:
+    try:
+        backends.load(validation.backend(name), device_type)
+    except (ValueError, RuntimeError) as error:
+        raise GenarmError(str(error)) from error
+    return name
+
+
+def _inputs(prompts: Any, messages: Any) -> list[str | Messages]:
+    """A list of prompts (str) and chats (lists of messages)."""
     if (prompts is None) == (messages is None):
         raise GenarmError("give either prompts or messages")
     if isinstance(prompts, str):
         return [prompts]
-    if prompts is not None:
-        return list(prompts)
-    return [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+    several = messages if prompts is None else prompts
+    if not isinstance(several, Sequence) or isinstance(several, (str, bytes)):
+        raise GenarmError(f"prompts: expected a str or a sequence of prompts, got {type(several).__name__}")
+    one_chat = prompts is None and len(several) > 0 and isinstance(several[0], Mapping)
+    return [several] if one_chat else list(several)
 
 
-def _encode(label: str, tokenizer: Any, inputs: Sequence[Any]) -> list[list[int]]:
-    encoded = [_encode_text(tokenizer, *_render(f"{label} {i}", tokenizer, one)) for i, one in enumerate(inputs)]
-    for i, ids in enumerate(encoded):
-        if not ids:
-            raise GenarmError(f"{label} {i} has no tokens")
-    return encoded
-
-
-def _encode_text(tokenizer: Any, text: str, special: bool) -> list[int]:
-    return tokenizer(text, add_special_tokens=special)["input_ids"]
-
-
-def _render(label: str, tokenizer: Any, one: Any) -> tuple[str, bool]:
+def _render(index: int, tokenizer: Any, one: Any) -> tuple[str, bool]:
     """The text of a prompt or a chat, and whether the tokenizer is to add its special tokens (a template has them)."""
     if isinstance(one, str):
         return one, True
-    if not all(isinstance(message, Mapping) and {"role", "content"} <= set(message) for message in one):
-        raise GenarmError(f"{label}: expected a str, or messages with 'role' and 'content'")
+    chat = isinstance(one, Sequence) and not isinstance(one, bytes) and len(one) > 0
+    if not chat or not all(isinstance(message, Mapping) and {"role", "content"} <= set(message) for message in one):
+        raise PromptError(index, "expected a str, or messages with 'role' and 'content'")
     if not tokenizer.chat_template:
-        raise GenarmError(f"{label}: the tokenizer has no chat template; give the prompt as text")
-    return tokenizer.apply_chat_template(list(one), tokenize=False, add_generation_prompt=True), False
+        raise PromptError(index, "the tokenizer has no chat template; give the prompt as text")
+    try:
+        return tokenizer.apply_chat_template(list(one), tokenize=False, add_generation_prompt=True), False
+    except Exception as error:  # a template is a program of its own and may raise anything
+        raise PromptError(index, f"the chat template rejects the messages: {error}") from error
 
 
-def _check_lengths(name: str, model: Any, prompts: list[list[int]], limits: list[int]) -> None:
-    allowed = _max_positions(model)
+def _encode(tokenizer: Any, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
+    encoded = [tokenizer(text, add_special_tokens=special)["input_ids"] for text, special in texts]
+    for i, ids in enumerate(encoded):
+        if not ids:
+            raise PromptError(i, "has no tokens")
+    return encoded
+
+
+def _check_prompts(label: str, model: Any, prompts: list[list[int]], limits: list[int]) -> None:
+    """PromptError unless the model has the prompts' tokens and room for them and their continuations."""
+    positions, embeddings = loading.max_positions(model), model.get_input_embeddings().num_embeddings
     for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        if allowed is not None and len(prompt) + limit > allowed:
-            raise GenarmError(
-                f"prompt {i} has {len(prompt)} tokens and max_new_tokens is {limit}: "
-                f"more than the {allowed} positions of {f'ARM {name!r}' if name else 'the base'}"
+        # The last token drawn is not fed again.
+        if positions is not None and len(prompt) + limit - 1 > positions:
+            raise PromptError(
+                i,
+                f"{len(prompt)} tokens and {limit} new ones are more than the {positions} positions of {label}",
             )
-
-
-def _max_positions(model: Any) -> int | None:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if max(prompt) >= embeddings:
+            raise PromptError(i, f"its token {max(prompt)} lies outside the {embeddings} tokens of {label}")
 
 
 def _unwrapped(model: Any) -> Any:
@@ -555,11 +616,19 @@ def _unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _floats(name: str, value: Any, rows: int, low: float = -math.inf, high: float = math.inf) -> list[float]:
+def _named_floats(weights: Mapping[str, Any], arms: Iterable[str], rows: int) -> dict[str, list[float]]:
+    """By ARM, a weight a row; GenarmError on an unknown name or a bad number."""
+    for name in weights:
+        check_arm(name, arms, "weights")
+    return {name: _floats(f"weights[{name!r}]", value, rows) for name, value in weights.items()}
+
+
+def _floats(name: str, value: Any, rows: int, low: float = -_MAX_FLOAT32, high: float = _MAX_FLOAT32) -> list[float]:
     values = _list(name, value, rows)
     for v in values:
-        if not isinstance(v, Real) or isinstance(v, bool) or not (math.isfinite(v) and low <= float(v) <= high):
-            bounds = "a finite number" if low == -math.inf else f"a number from {low:g} to {high:g}"
+        number: Any = v  # compared before float(), which an int may be too large for
+        if not isinstance(v, Real) or isinstance(v, bool) or not low <= number <= high:
+            bounds = "a finite number" if low < 0 else f"a number from {low:g} to {high:g}"
             raise GenarmError(f"{name}: expected {bounds}, got {v!r}")
     return [float(v) for v in values]
 
@@ -574,8 +643,12 @@ def _ints(name: str, value: Any, rows: int, low: int | None = None) -> list[int]
 
 def _seeds(seed: Any, rows: int) -> list[int]:
     """int64 seeds: a number s gives row b the seed s + b, as in `guided_step`."""
-    seeds = [seed + b for b in range(rows)] if isinstance(seed, int) and not isinstance(seed, bool) else seed
-    return [(s + 2**63) % 2**64 - 2**63 for s in _ints("seed", seeds, rows)]
+    seeds = _ints("seed", seed, rows)
+    for s in seeds:
+        if not -(2**63) <= s < 2**64:
+            raise GenarmError(f"seed: expected an integer from -2^63 to 2^64 - 1, got {s}")
+    offsets = range(rows) if isinstance(seed, Integral) else [0] * rows
+    return [(s + offset + 2**63) % 2**64 - 2**63 for s, offset in zip(seeds, offsets, strict=True)]
 
 
 def _list(name: str, value: Any, rows: int) -> list[Any]:

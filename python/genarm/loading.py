@@ -7,10 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 from transformers.utils.peft_utils import find_adapter_config_file
+
+from genarm_kernels.validation import OPERAND_DTYPES
 
 from .errors import GenarmError
 
@@ -29,7 +32,7 @@ def load_base(source: Source, tokenizer: Any, device: str, dtype: str | torch.dt
     if isinstance(source, torch.nn.Module):
         if tokenizer is None:
             raise GenarmError("base: a loaded model needs its tokenizer: pass tokenizer=")
-        return LoadedModel(source.eval(), tokenizer)
+        return LoadedModel(source, tokenizer)
     return LoadedModel(load_model("base", source, dtype).to(device), tokenizer or load_tokenizer("base", source))
 
 
@@ -39,9 +42,9 @@ def load_arm(
     """An ARM from a folder, a hub name or a loaded model, or a PEFT adapter of the base from a folder or the hub."""
     label = f"ARM {name!r}"
     if isinstance(source, torch.nn.Module):
-        return LoadedModel(source.eval(), tokenizer or base.tokenizer)
+        return LoadedModel(source, tokenizer or base.tokenizer)
     _check_exists(label, source)
-    if (adapter := _adapter_config(source)) is not None:
+    if (adapter := find_adapter_config_file(str(source))) is not None:
         own = (Path(adapter).parent / "tokenizer_config.json").is_file()
         tokenizer = tokenizer or (load_tokenizer(label, source) if own else base.tokenizer)
         return LoadedModel(_load_adapter(label, source, base.model), tokenizer)
@@ -57,7 +60,7 @@ def load_model(label: str, source: str | Path, dtype: str | torch.dtype) -> Any:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(source), config=config, dtype=dtype, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise GenarmError(f"{label}: {str(source)!r} cannot be loaded: {_first_line(error)}") from error
     finally:
         if progress:
@@ -65,7 +68,9 @@ def load_model(label: str, source: str | Path, dtype: str | torch.dtype) -> Any:
     if info["missing_keys"]:  # transformers would decode with random weights in their place
         missing = sorted(info["missing_keys"])
         raise GenarmError(f"{label}: {str(source)!r} lacks {len(missing)} weights of its model, such as {missing[0]}")
-    return model.eval()
+    if model.dtype == torch.float64:
+        raise GenarmError(f"{label}: {str(source)!r} is stored as {model.dtype}; give dtype='float32'")
+    return model
 
 
 def load_tokenizer(label: str, source: str | Path) -> Any:
@@ -82,7 +87,7 @@ def load_config(label: str, source: str | Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(str(source))
     except (OSError, ValueError, KeyError) as error:
-        reason = "no usable config.json"
+        reason = f"no usable config.json: {_first_line(error)}"
         raise GenarmError(f"{label}: {str(source)!r} holds no causal language model: {reason}") from error
     kinds = {name.lower() for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _as_tuple(names)}
     architectures = config.architectures or []
@@ -109,6 +114,12 @@ def shared_vocabulary(base: LoadedModel, arms: Mapping[str, LoadedModel]) -> int
     return size
 
 
+def max_positions(model: Any) -> int | None:
+    """How many tokens the model can be given; None where its configuration sets no limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if limit and limit > 0 else None
+
+
 def resolve_device(device: str) -> str:
     """ "auto" is a GPU where there is one."""
     if device == "auto":
@@ -122,31 +133,38 @@ def resolve_device(device: str) -> str:
 
 def resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     """ "auto" (as the checkpoint has it), a torch dtype, or the name of one."""
-    if dtype == "auto" or isinstance(dtype, torch.dtype):
+    if dtype == "auto":
         return dtype
-    found = getattr(torch, str(dtype), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    found = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if found not in OPERAND_DTYPES:
         raise GenarmError(f"dtype: expected 'auto', 'float32', 'bfloat16' or 'float16', got {dtype!r}")
     return found
 
 
 def _load_adapter(label: str, source: str | Path, base: PreTrainedModel) -> Any:
     try:
-        from peft import PeftModel
+        from peft import PeftConfig, get_peft_model
     except ImportError as error:
         raise GenarmError(f"{label}: an adapter needs PEFT: pip install 'genarm-kernels[train]'") from error
     # The copy shares every weight of the base: only the adapter's own take memory.
     twin = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
     try:
-        return PeftModel.from_pretrained(twin, str(source)).eval()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        config = PeftConfig.from_pretrained(str(source))
+        config.inference_mode = True
+        model = get_peft_model(twin, config)
+        loaded = model.load_adapter(str(source), "default")
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise GenarmError(
             f"{label}: the adapter {str(source)!r} does not fit the base: {_first_line(error)}"
         ) from error
-
-
-def _adapter_config(source: str | Path) -> str | None:
-    return find_adapter_config_file(str(source))
+    if config.is_prompt_learning:  # PEFT would put its virtual tokens before every single token that is decoded
+        raise GenarmError(f"{label}: {str(source)!r} is a {config.peft_type.value} adapter; LoRA and its kind work")
+    if wrong := [*loaded.missing_keys, *loaded.unexpected_keys]:
+        raise GenarmError(
+            f"{label}: the adapter {str(source)!r} does not fit the base: "
+            f"{len(wrong)} weights without a counterpart, such as {wrong[0]}"
+        )
+    return model
 
 
 def _check_exists(label: str, source: str | Path) -> None:
@@ -159,9 +177,9 @@ def _check_exists(label: str, source: str | Path) -> None:
         return
     if isinstance(source, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise GenarmError(f"{label}: no such folder: {name!r}")
-    if any(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", "adapter_config.json")):
-        return
     try:
+        if any(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", "adapter_config.json")):
+            return
         HfApi().model_info(name, timeout=10)
     except Exception as error:  # whatever the network does, the way out is the same
         raise GenarmError(f"{label}: no such folder, and no such model on the hub: {name!r}") from error

@@ -39,7 +39,8 @@ class TextStream:
     def _decode(self, last: bool) -> str:
         before = self._text_of(self._ids[self._begin : self._decoded])
         now = self._text_of(self._ids[self._begin :])
-        if now.endswith("\ufffd") and not last:  # the first bytes of a character: wait for the rest
+        # The first bytes of a character, or a special token, whose neighbours are decoded together: wait for the rest.
+        if not last and (now.endswith("\ufffd") or len(now) <= len(before)):
             return ""
         self._begin, self._decoded = self._decoded, len(self._ids)
         return now[len(before) :]
