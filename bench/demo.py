@@ -28,7 +28,10 @@ def show_texts(console: Console) -> None:
     arms = {name: bundled.path(name) for name in world.ATTRIBUTES}
     decoder = GuidedDecoder.from_pretrained(bundled.path("base"), arms)
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
-    results = {name: decoder.generate(messages=chats, weights=weights, seed=1) for name, weights in SETTINGS.items()}
+    results = {
+        name: decoder.generate(messages=chats, weights=weights, temperature=0.7, seed=1)
+        for name, weights in SETTINGS.items()
+    }
     for i, prompt in enumerate(PROMPTS):
         table = Table(title=prompt, title_justify="left", show_lines=True)
         table.add_column("guided by")
@@ -49,7 +52,8 @@ def show_speed(console: Console) -> None:
     base.generation_config.eos_token_id = None  # every run makes all its tokens
     decoder = GuidedDecoder(base, tokenizer, {"helpful": arm})
     sampling = {"temperature": 0.7, "top_p": 0.9, "top_k": 0}
-    table = Table(title=f"tokens/s on the CPU, {torch.get_num_threads()} threads: one ARM, top-p 0.9, {TOKENS} tokens")
+    console.print(f"Tokens/s, CPU, {torch.get_num_threads()} threads: one ARM, top-p 0.9, {TOKENS} tokens a prompt")
+    table = Table()
     for column in ("prompts at once", "naive loop", "genarm", "ratio"):
         table.add_column(column, justify="right")
     for batch in (1, 8):

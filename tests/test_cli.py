@@ -6,6 +6,7 @@ import errno
 import inspect
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -72,11 +73,16 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """base, ARMs kind and terse; odd (another tokenizer), bert and empty (no causal models); prompt files."""
+    """base, ARMs kind and terse; odd (another tokenizer), nan (fails on "!"), bert, empty (no models); prompt files."""
     folder = tmp_path_factory.mktemp("root")
     for seed, name in enumerate(["base", "kind", "terse"]):
         save_model(folder / name, seed)
     save_model(folder / "odd", 3, ("<s>", "</s>"))
+    save_model(folder / "nan", 4)
+    broken = LlamaForCausalLM.from_pretrained(folder / "nan")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "nan")
+    broken.get_input_embeddings().weight.data[tokenizer.convert_tokens_to_ids("!")] = math.nan
+    broken.save_pretrained(folder / "nan")
     BertConfig(architectures=["BertModel"]).save_pretrained(folder / "bert")
     (folder / "empty").mkdir()
     good = {"prompt": "hello"}
@@ -88,6 +94,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "keys": [good, {"question": "hello"}],
         "message": [{"messages": [{"role": "user"}]}],
         "surrogate": [{"prompt": "\ud800"}],
+        "id": [{**good, "id": ["\ud800"]}],
+        "name": [{"messages": [{"role": "user", "content": "hello", "name": "\ud800"}]}],
+        "list": [["hello"]],
+        "huge": [{**good, "weights": {"kind": 10**400}}],
     }.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "blank.jsonl").write_text("\n\n")
@@ -142,6 +152,16 @@ def read(path: str) -> list[dict[str, Any]]:
 
 MISSING = next(name for name in NAMES[::-1] if name == "cuda" or why_unavailable(name))
 ERRORS = {
+    "generate --base '' --prompt x": "--base: expected a folder or the name of a model",
+    f"{BASE} --arm a=:1.5 --prompt x": "--arm 'a=:1.5': expected NAME=DIR or NAME=DIR:WEIGHT",
+    "generate --arm helpful=:2 --prompt x": "--arm 'helpful=:2': expected NAME=DIR or NAME=DIR:WEIGHT",
+    f"{MODELS} --weight kind=1e39 --prompt x": "--weight of 'kind' is not finite in float32: 1e+39",
+    f"{BASE} --arm kind=kind:1e39 --prompt x": "--arm: weight of 'kind' is not finite in float32: 1e+39",
+    f"{MODELS} --temperature 1e39 --prompt x": "--temperature is not finite in float32: 1e+39",
+    f"{MODELS} --prompts huge.jsonl": "huge.jsonl:1: weight of 'kind' is not finite in float32: 1000",
+    f"{MODELS} --prompts list.jsonl": "list.jsonl:1: is not an object",
+    f"{MODELS} --prompts id.jsonl": "id.jsonl:1: id is not valid Unicode",
+    f"{MODELS} --prompts name.jsonl": "name.jsonl:1: messages is not valid Unicode",
     "generate --base nowhere/at/all --prompt x": "base: no such folder: 'nowhere/at/all'",
     f"{BASE} --arm a=./nowhere --prompt x": "ARM 'a': no such folder: './nowhere'",
     "generate --base empty --prompt x": "base: 'empty' holds no causal language model",
@@ -152,8 +172,8 @@ ERRORS = {
     f"{BASE} --arm kind=kind:much --prompt x": "--arm: weight of 'kind' is not a number: 'much'",
     f"{BASE} --arm kind=kind: --prompt x": "--arm: weight of 'kind' is not a number: ''",
     f"{MODELS} --weight kind=much --prompt x": "--weight of 'kind' is not a number: 'much'",
-    f"{MODELS} --weight kind=nan --prompt x": "--weight of 'kind' is not a number: 'nan'",
-    f"{MODELS} --prompts text.jsonl": "text.jsonl:2: weight of 'kind' is not a number: \"much\"",
+    f"{MODELS} --weight kind=nan --prompt x": "--weight of 'kind' is not finite in float32: nan",
+    f"{MODELS} --prompts text.jsonl": "text.jsonl:2: weight of 'kind' is not a number: 'much'",
     f"{BASE} --arm kind --prompt x": "--arm 'kind': expected NAME=DIR or NAME=DIR:WEIGHT",
     f"{MODELS} --arm kind=terse --prompt x": "--arm: the name 'kind' is given twice",
     f"{MODELS} --prompts blank.jsonl": "blank.jsonl: has no prompts",
@@ -161,15 +181,15 @@ ERRORS = {
     f"{MODELS}": "standard input: has no prompts",
     f"{MODELS} --prompts broken.jsonl": "broken.jsonl:3: is not JSON",
     f"{MODELS} --prompts keys.jsonl": "keys.jsonl:2: is not an object with either prompt or messages",
-    f"{MODELS} --prompts message.jsonl": "message.jsonl:1: the prompt's text is missing or not a string",
-    f"{MODELS} --prompts surrogate.jsonl": "surrogate.jsonl:1: is not valid Unicode",
+    f"{MODELS} --prompts message.jsonl": "message.jsonl:1: messages has a message whose content is missing",
+    f"{MODELS} --prompts surrogate.jsonl": "surrogate.jsonl:1: prompt is not valid Unicode",
     f"{MODELS} --prompts good.jsonl --prompt x": "give --prompt or --prompts, not both",
     f"{MODELS} --prompts long.jsonl": f"more than the {POSITIONS} positions of the base",
-    f"{MODELS} --prompts long.jsonl --batch-size 1 --out out.jsonl": "long.jsonl:2: has ",
+    f"{MODELS} --prompts long.jsonl --batch-size 1 --out out.jsonl": f"long.jsonl:2: {POSITIONS + 18} tokens and 8",
     f"{MODELS} --prompt x --out nowhere/o.jsonl": "nowhere/o.jsonl: cannot be written to: No such file or directory",
     f"{MODELS} --prompt x --out empty": "empty: cannot be written to: not a regular file",
     f"{MODELS} --prompt x --out good.jsonl": "good.jsonl:1: belongs to another run (not a line of results)",
-    f"{MODELS} --prompt x --backend abacus": "unknown backend 'abacus'; there are: auto, reference",
+    f"{MODELS} --prompt x --backend abacus": "backend: expected 'auto' or one of reference",
     f"{MODELS} --prompt x --backend {MISSING} --device cpu": f"backend '{MISSING}' cannot run",
     f"{MODELS} --prompt x --device abacus": "device 'abacus' cannot be used",
     f"{MODELS} --prompt x --dtype int8": "dtype: expected",
@@ -191,6 +211,24 @@ def test_an_error_is_one_line(genarm: Genarm, line: str) -> None:
     assert (status, out) == (2, "")
     assert err.startswith("error: ") and ERRORS[line] in err and err.endswith("\n") and err.count("\n") == 1
     assert not any(path.stat().st_size for path in Path().glob("out*.jsonl"))  # nothing was decoded either
+
+
+@pytest.mark.parametrize("options", ["", "--batch-size 2", "--batch-size 2 --compare"])
+def test_a_prompt_that_cannot_be_decoded_is_named(genarm: Genarm, options: str) -> None:
+    good = "--prompt a --prompt b --prompt c " if options else ""
+    status, out, err = genarm(f"generate --base nan --max-new-tokens 1 --no-chat {good}--prompt 'd!' {options}")
+    assert (status, out.count("===")) == (2, 2 if options else 0)
+    assert err.startswith(f"error: --prompt {4 if options else 1}: token 0 cannot be drawn") and err.count("\n") == 1
+
+
+def test_a_file_of_results_has_one_writer(genarm: Genarm) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    line = f"{MODELS} --prompts good.jsonl --out out.jsonl"
+    with Path("out.jsonl").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert genarm(line) == (2, "", "error: out.jsonl: another process is writing to it\n")
+    assert not Path("out.jsonl").read_bytes()
+    assert genarm(line).status == 0
 
 
 def test_a_terminal_without_prompts_is_told_what_to_do(genarm: Genarm) -> None:
@@ -306,7 +344,7 @@ def test_rewards_piped(genarm: Genarm) -> None:
     status, out, err = genarm(f"{MODELS} --prompt hello --rewards")
     assert (status, err) == (0, "")
     header, *lines = [line.split("\t") for line in out.splitlines()]
-    assert header == ["token", "kind", "terse", "weighted"]
+    assert header == ["token", "kind", "terse", "advantage"]
     genarm(f"{MODELS} --prompt hello --out out.jsonl")
     (row,) = read("out.jsonl")
     table = zip(row["rewards"]["kind"], row["rewards"]["terse"], row["base_logprobs"], strict=True)
@@ -316,13 +354,39 @@ def test_rewards_piped(genarm: Genarm) -> None:
     assert genarm(f"{MODELS} --prompt hello --rewards --compare").out.endswith(f"--- guided\n{out}")
 
 
+def test_arms_that_only_look_on_count_alike(genarm: Genarm) -> None:
+    out = genarm(f"{MODELS} --prompt hello --rewards --weight kind=0 --weight terse=0").out
+    genarm(f"{BASE} --prompt hello --out out.jsonl")
+    (row,) = read("out.jsonl")
+    lines = [[float(x) for x in line.split("\t")[1:]] for line in out.splitlines()[1:]]
+    expected = [kind + terse - 2 * base for (kind, terse, _), base in zip(lines, row["base_logprobs"], strict=True)]
+    assert [line[2] for line in lines] == pytest.approx(expected, abs=3e-3)
+    assert any(expected)
+
+
+@pytest.mark.parametrize("text", [" red red fox", " red red", " re", "red red fox", "other", ""])
+def test_coloured_tokens_are_the_text(text: str) -> None:
+    """Also where the tokenizer drops the space that a text begins with, and where a stop string cuts the text."""
+    core = Tokenizer(models.WordLevel({"▁red": 0, "▁fox": 1, "?": 2}, "?"))
+    core.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    assert tokenizer.decode([0, 0, 1]) == "red red fox"
+    nats = [-1.0, -2.0, -3.0]
+    record = {"text": text, "finish_reason": "stop", "tokens": [0, 0, 1], "rewards": {"kind": nats}}
+    record |= {"logprobs": nats, "base_logprobs": nats}
+    pieces = [piece for piece, _ in cli._Screen(tokenizer, rewards=True)._pieces(record, {"kind": 1.0})]
+    assert len(pieces) == 3 and "".join(pieces) == text
+    if text == " red red fox":
+        assert pieces == [" red", " red", " fox"]
+
+
 def test_a_terminal_gets_columns_and_colours(genarm: Genarm, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"FORCE_COLOR": "1", "COLORTERM": "truecolor", "TERM": "xterm", "COLUMNS": "60"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("NO_COLOR", raising=False)
     out = genarm(f"{MODELS} --prompts good.jsonl --compare --rewards --batch-size 1").out
     plain = re.sub("\x1b\\[[0-9;?]*[A-Za-z]", "", out)
-    assert plain.count("reward over the base") == 1 and len(re.findall("unguided +guided", plain)) == 3
+    assert plain.count("advantage over the base") == 1 and len(re.findall("unguided +guided", plain)) == 3
     assert ";48;2;" in out and "3/3" in plain  # a colour; the bar
     streamed = genarm(f"{MODELS} --prompt hello --rewards").out
     assert ";48;2;" in streamed
@@ -338,7 +402,7 @@ def printable(text: str) -> str:
 def test_columns_keep_long_words(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "60")
-    cli._Screen(None, (), rewards=False).show("", {"text": "x" * 100, "unguided": {"text": "y" * 100}}, {})
+    cli._Screen(None, rewards=False).show("", {"text": "x" * 100, "unguided": {"text": "y" * 100}}, {})
     out = capsys.readouterr().out
     assert (out.count("x"), out.count("y")) == (100, 100)
 
@@ -459,7 +523,7 @@ def test_the_bundled_models_are_the_default(genarm: Genarm) -> None:
     status, out, err = genarm(
         "generate --prompt 'How do I sleep better?' --max-new-tokens 4 --weight polite=0 --rewards"
     )
-    assert (status, err, out.splitlines()[0]) == (0, "", "token\thelpful\tpolite\tweighted")
+    assert (status, err, out.splitlines()[0]) == (0, "", "token\thelpful\tpolite\tadvantage")
 
 
 # The console script itself, in processes of its own: seconds each to start.

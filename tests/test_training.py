@@ -175,8 +175,9 @@ CHAT = '{"prompt": [{"role": "user", "content": "p"}], "chosen": %s, "rejected":
         ('{"prompt": "p", "chosen": "c", "rejected": "c"}', "chosen and rejected are the same"),
         ('{"prompt": "p", "chosen": "c", "rejected": "\\ud800"}', "rejected is not valid Unicode"),
         ('{"prompt": [], "chosen": "c", "rejected": "r"}', "prompt has no messages"),
-        (CHAT % "7", "chosen is not a list of messages or a string"),
+        (CHAT % "7", "chosen is not a list of messages"),
         (CHAT % "[]", "chosen has no messages"),
+        (CHAT % '[{"role": "\\ud800", "content": "c"}]', "chosen is not valid Unicode"),
         (CHAT % '["c"]', "chosen has a message that is not an object"),
         (CHAT % '[{"content": "c"}]', "chosen has a message whose role is missing"),
         (CHAT % '[{"role": "assistant", "content": null}]', "chosen has a message whose content is missing"),
@@ -476,6 +477,7 @@ def long_row(tmp_path: Path) -> Path:
         ({"lr": math.nan}, "lr must be a positive number"),
         ({"eval_fraction": 1.0}, "eval_fraction must be"),
         ({"batch_size": 4, "gradient_accumulation_steps": 3}, "must be a multiple"),
+        ({"seed": 2**32}, "seed must be below 2"),
         ({"save_steps": 0}, "save_steps must be a whole number of at least 1"),
     ],
 )
@@ -487,6 +489,22 @@ def test_errors_come_in_one_line(
     with pytest.raises(GenarmError, match=message) as caught:
         train_arm(**given)
     assert "\n" not in str(caught.value)
+
+
+def test_a_nested_configuration_limits_the_length() -> None:
+    """Models of text and images keep max_position_embeddings one level down."""
+    from types import SimpleNamespace
+
+    from genarm.training import _check_fits
+
+    text = SimpleNamespace(max_position_embeddings=3)
+    model = SimpleNamespace(
+        config=SimpleNamespace(get_text_config=lambda: text),
+        get_input_embeddings=lambda: SimpleNamespace(num_embeddings=9),
+    )
+    _check_fits(model, [{"prompt": [1], "chosen": [2, 3], "rejected": [4]}])
+    with pytest.raises(GenarmError, match="a sequence has 4 tokens, but the model takes 3"):
+        _check_fits(model, [{"prompt": [1], "chosen": [2, 3, 4], "rejected": [4]}])
 
 
 def test_missing_extra_is_named(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

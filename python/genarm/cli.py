@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import prompts as prompting
-from .errors import GenarmError
+from .errors import GenarmError, PromptError
 from .prompts import Prompt, Results
 
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ _input = partial(typer.Option, rich_help_panel="Prompts (standard input, one a l
 _sampling = partial(typer.Option, rich_help_panel="Sampling")
 _output = partial(typer.Option, rich_help_panel="Output")
 
-# Tokens are coloured by w_1 (log ARM_1 - log base) + w_2 (log ARM_2 - log base) + ..., in nats: how far, by their
-# weights, the reward models prefer the token more than the base does. Blue and red stay apart for the colour-blind.
+# Of a token's advantage over the base (see `_advantage`). Blue and red stay apart for the colour-blind.
 _BOUNDS = (-2.0, -1.0, -0.25, 0.25, 1.0, 2.0)
 _STYLES = (
     "white on #b2182b",
@@ -117,7 +116,8 @@ def generate(
         bool,
         _output(
             "--rewards",
-            help="Colour tokens by the sum of weight * (log ARM - log base), in nats; piped: a table of tokens.",
+            help="Colour tokens by their advantage over the base, in nats: the sum of weight * (log ARM - log base). "
+            "Piped: a table of each token's rewards (log ARM) and advantage.",
         ),
     ] = False,
     out: Annotated[
@@ -137,6 +137,7 @@ def generate(
       genarm generate --base DIR --arm a=DIR:1.5 --prompts a.jsonl --out b.jsonl
       head -3 questions.txt | genarm generate --max-new-tokens 40
     """
+    prompting.check_number(temperature, "--temperature")
     arms, weights = _arms(base, arm or [], weight or [])
     work = _prompts(prompt or [], prompts, arms)
     sampling: dict[str, Any] = {
@@ -148,8 +149,8 @@ def generate(
         "stop": stop or [],
     }
     settings: dict[str, Any] = {
-        "base": base or "bundled",
-        "arms": {name: folder or "bundled" for name, folder in arms.items()},
+        "base": "bundled" if base is None else base,
+        "arms": {name: "bundled" if folder is None else folder for name, folder in arms.items()},
     }
     settings |= {**sampling, "chat": chat, "dtype": dtype, "compare": compare}
     rows: list[dict[str, Any]] = [
@@ -167,17 +168,20 @@ def generate(
             decoder = _load(base, arms, device, dtype, backend)
             chat = bool(decoder.tokenizer.chat_template) if chat is None else chat
             contents = [_content(one, chat) for one in work]
-            for one, content, row in zip(work, contents, rows, strict=True):
-                _check(decoder, one.where, content, {**sampling, **row})
-            screen = _Screen(decoder.tokenizer, sampling["stop"], rewards and not results)
+            with _named(work[done:]):
+                decoder.check(contents[done:], **_options(rows[done:]), **sampling)
+            screen = _Screen(decoder.tokenizer, rewards and not results)
             if len(work) == 1 and not results and not compare:
-                screen.stream(_open_stream(decoder, contents[0], {**sampling, **rows[0]}), rows[0]["weights"])
+                with _named(work):
+                    prompt_or_chat = {"prompt" if isinstance(contents[0], str) else "messages": contents[0]}
+                    screen.stream(decoder.stream(**prompt_or_chat, **rows[0], **sampling), rows[0]["weights"])
                 return
             with _progress(screen.console, results is not None, len(work), done) as advance:
                 # Batches are cut alike however much is done, so that the float noise of the forwards is the same too.
                 for start in range(done - done % batch_size, len(work), batch_size):
                     part = slice(start, start + batch_size)
-                    new = _decode(decoder, contents[part], rows[part], sampling, compare)[done - start :]
+                    with _named(work[part]):
+                        new = _decode(decoder, contents[part], rows[part], sampling, compare)[done - start :]
                     if results:
                         results.append(new)
                     for i, record in enumerate([] if results else new, start=done):
@@ -282,18 +286,20 @@ def _arms(
     base: str | None, arms: Sequence[str], weights: Sequence[str]
 ) -> tuple[dict[str, str | None], dict[str, float]]:
     """By ARM, its folder (None: bundled) and its weight."""
+    if base == "":
+        raise GenarmError("--base: expected a folder or the name of a model")
     folders: dict[str, str | None] = {} if base or arms else {"helpful": None, "polite": None}
     values = dict.fromkeys(folders, 1.0)
     for spec in arms:
         name, _, folder = spec.partition("=")
-        if not name or not folder:
-            raise GenarmError(f"--arm {spec!r}: expected NAME=DIR or NAME=DIR:WEIGHT")
         if name in folders:
             raise GenarmError(f"--arm: the name {name!r} is given twice")
         path, colon, weight = folder.rpartition(":")
         # A colon may be part of a path: the folder exists, or goes on after the colon (C:\models).
         if colon and not Path(folder).exists() and not {"/", "\\"} & set(weight):
             folder, values[name] = path, prompting.number(weight, f"--arm: weight of {name!r}")
+        if not name or not folder:
+            raise GenarmError(f"--arm {spec!r}: expected NAME=DIR or NAME=DIR:WEIGHT")
         folders[name] = folder
         values.setdefault(name, 1.0)
     for spec in weights:
@@ -325,26 +331,13 @@ def _quiet() -> None:
 
 
 def _load(base: str | None, arms: Mapping[str, str | None], device: str, dtype: str, backend: str) -> "GuidedDecoder":
-    import torch
-
-    from genarm_kernels.backends import NAMES
-    from genarm_kernels.backends import load as load_backend
-
-    if backend not in ("auto", *NAMES):
-        raise GenarmError(f"unknown backend {backend!r}; there are: auto, {', '.join(NAMES)}")
     _quiet()
     from . import bundled
     from .decoder import GuidedDecoder
-    from .loading import resolve_device
 
-    device = resolve_device(device)
-    try:
-        load_backend(backend, torch.device(device).type)
-    except RuntimeError as error:
-        raise GenarmError(str(error)) from error
     return GuidedDecoder.from_pretrained(
-        base or bundled.path("base"),
-        {name: folder or bundled.path(name) for name, folder in arms.items()},
+        bundled.path("base") if base is None else base,
+        {name: bundled.path(name) if folder is None else folder for name, folder in arms.items()},
         device=device,
         dtype=dtype,
         backend=backend,
@@ -358,16 +351,18 @@ def _content(prompt: Prompt, chat: bool) -> Any:
     return prompt.content
 
 
-def _open_stream(decoder: "GuidedDecoder", content: Any, options: dict[str, Any]) -> Any:
-    return decoder.stream(**{"prompt" if isinstance(content, str) else "messages": content}, **options)
+def _options(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The decoder's arguments that have a value a prompt."""
+    return {name: [row[name] for row in rows] for name in ("weights", "seed")}
 
 
-def _check(decoder: "GuidedDecoder", where: str, content: Any, options: dict[str, Any]) -> None:
-    """GenarmError, naming the prompt's place, for what decoding would refuse: opening a stream checks, and no more."""
+@contextmanager
+def _named(work: Sequence[Prompt]) -> Iterator[None]:
+    """Has errors about one prompt of a call for those of `work` name its place."""
     try:
-        _open_stream(decoder, content, options)
-    except GenarmError as error:
-        raise GenarmError(f"{where}: {str(error).removeprefix('prompt 0').lstrip(' :')}") from error
+        yield
+    except PromptError as error:
+        raise GenarmError(f"{work[error.index].where}: {error.problem}") from error
 
 
 def _decode(
@@ -378,11 +373,11 @@ def _decode(
     compare: bool,
 ) -> list[dict[str, Any]]:
     """A batch's results, as they are written; with `compare`, each holds the unguided ones too."""
-    weights, seed = [row["weights"] for row in rows], [row["seed"] for row in rows]
-    guided = decoder.generate(contents, weights=weights, seed=seed, **sampling)
+    options = _options(rows)
+    guided = decoder.generate(contents, **options, **sampling)
     records = [_record(guided, b) for b in range(len(rows))]
     if compare:
-        unguided = decoder.generate(contents, weights={}, seed=seed, **sampling)
+        unguided = decoder.generate(contents, weights={}, seed=options["seed"], **sampling)
         for b, record in enumerate(records):
             record["unguided"] = _record(unguided, b)
     return records
@@ -423,13 +418,13 @@ def _progress(screen: Console, quiet: bool, total: int, done: int) -> Iterator[C
 class _Screen:
     """Standard output: colours and columns on a terminal, elsewhere plain text, with a table of tokens for rewards."""
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str], rewards: bool) -> None:
+    def __init__(self, tokenizer: Any, rewards: bool) -> None:
         self.console = Console(highlight=False)
-        self._tokenizer, self._stop, self._rewards = tokenizer, stop, rewards
+        self._tokenizer, self._rewards = tokenizer, rewards
         if rewards and self.console.is_terminal:
             below, above = [f" < {x:g} " for x in _BOUNDS[:3]], [f" > {x:g} " for x in _BOUNDS[3:]]
             parts = zip([*below, " near 0 ", *above], _STYLES, strict=True)
-            self.console.print(Text.assemble("reward over the base, in nats: ", *parts, "\n"))
+            self.console.print(Text.assemble("advantage over the base, in nats: ", *parts, "\n"))
 
     def stream(self, events: Iterable["StreamEvent"], weights: Mapping[str, float]) -> None:
         """One prompt's tokens, as they are drawn."""
@@ -476,35 +471,45 @@ class _Screen:
         return [(event.text, self._style(event, weights)) for event in self._events(record)]
 
     def _table(self, events: Iterable["StreamEvent"], weights: Mapping[str, float]) -> None:
-        typer.echo("\t".join(["token", *weights, "weighted"]))
+        typer.echo("\t".join(["token", *weights, "advantage"]))
         for event in events:
             token = json.dumps(self._tokenizer.decode([event.token]), ensure_ascii=False)  # it may be a tab
-            numbers = [*(event.rewards[name] for name in weights), _weighted(event, weights)]
+            numbers = [*(event.rewards[name] for name in weights), _advantage(event, weights)]
             typer.echo("\t".join([token, *[f"{x:.3f}" for x in numbers]]))
 
     def _style(self, event: "StreamEvent", weights: Mapping[str, float]) -> str:
-        return _STYLES[bisect(_BOUNDS, _weighted(event, weights))] if self._rewards else ""
+        return _STYLES[bisect(_BOUNDS, _advantage(event, weights))] if self._rewards else ""
 
     def _events(self, record: dict[str, Any]) -> Iterator["StreamEvent"]:
         """A record's tokens, as a stream gives them."""
         from .decoder import StreamEvent
         from .text import TextStream
 
-        text, ended = TextStream(self._tokenizer, [], self._stop), record["finish_reason"] == "eos"
-        for i, token in enumerate(record["tokens"]):
-            last = i + 1 == len(record["tokens"])
+        stream, tokens, text = TextStream(self._tokenizer, []), record["tokens"], record["text"]
+        pieces = [stream.push(token, last=i == len(tokens)) for i, token in enumerate(tokens, start=1)]
+        # Decoded without the prompt, the first piece may lack what the text begins with (SentencePiece drops a leading
+        # space); the last ones may be what the text leaves out (a stop string).
+        start, end = 0, next(i for i in range(len(text) + 1) if stream.text.startswith(text[i:]))
+        for i, (token, piece) in enumerate(zip(tokens, pieces, strict=True)):
+            end += len(piece)
             yield StreamEvent(
-                text=text.push(*([] if last and ended else [token]), last=last),
+                text=text[start:end],
                 token=token,
                 logprob=record["logprobs"][i],
                 base_logprob=record["base_logprobs"][i],
                 rewards={name: values[i] for name, values in record["rewards"].items()},
-                finish_reason=record["finish_reason"] if last else None,
+                finish_reason=record["finish_reason"] if i + 1 == len(tokens) else None,
             )
+            start = end
 
 
-def _weighted(event: "StreamEvent", weights: Mapping[str, float]) -> float:
-    """The number a token is coloured by; see `_BOUNDS`."""
+def _advantage(event: "StreamEvent", weights: Mapping[str, float]) -> float:
+    """How far the ARMs prefer a token more than the base does: sum_i weight_i * (log ARM_i - log base), in nats.
+
+    ARMs that all have weight 0, and so only look on, count alike.
+    """
+    if not any(weights.values()):
+        weights = dict.fromkeys(weights, 1.0)
     return sum(weight * (event.rewards[name] - event.base_logprob) for name, weight in weights.items())
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import jsonl
 from .errors import GenarmError
 
 
@@ -32,40 +32,27 @@ def read_preferences(path: str | Path) -> list[Preference]:
     Raises:
         GenarmError: the file cannot be read or has no rows; "path:line: ..." for the first malformed row.
     """
-    try:
-        lines = Path(path).read_bytes().split(b"\n")
-    except OSError as error:
-        raise GenarmError(f"{path}: cannot be read: {error.strerror}") from error
-    rows = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    rows = [_preference(where, row) for where, row in jsonl.rows(path)]
     if not rows:
         raise GenarmError(f"{path}: has no rows")
     return rows
 
 
-def _parse(line: bytes, where: str) -> Preference:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise GenarmError(f"{where}: is not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise GenarmError(f"{where}: is not an object with the keys prompt, chosen, rejected")
+def _preference(where: str, row: dict[str, Any]) -> Preference:
     if missing := [key for key in ("prompt", "chosen", "rejected") if key not in row]:
         raise GenarmError(f"{where}: has no {' and no '.join(missing)}")
     prompt = row["prompt"]
     if not isinstance(prompt, str | list):
         raise GenarmError(f"{where}: prompt is neither a string nor a list of messages")
     chat = isinstance(prompt, list)
-    kind: Any = type(prompt)
-    _check(prompt, chat, "prompt", where)
+    check = jsonl.check_messages if chat else jsonl.check_text
+    check(prompt, f"{where}: prompt")
     responses = []
     for key in ("chosen", "rejected"):
         response = row[key]
         if chat and isinstance(response, str):
             response = [{"role": "assistant", "content": response}]
-        if not isinstance(response, kind):
-            wanted = "a list of messages or a string" if chat else "a string, as the prompt is"
-            raise GenarmError(f"{where}: {key} is not {wanted}")
-        _check(response, chat, key, where)
+        check(response, f"{where}: {key}")
         if not (any(message["content"] for message in response) if chat else response):
             raise GenarmError(f"{where}: {key} is empty")
         responses.append(response)
@@ -73,22 +60,6 @@ def _parse(line: bytes, where: str) -> Preference:
     if chosen == rejected:
         raise GenarmError(f"{where}: chosen and rejected are the same")
     return Preference(prompt, chosen, rejected, where)
-
-
-def _check(value: Any, chat: bool, key: str, where: str) -> None:
-    """Raise unless ``value`` is encodable text or, in a chat, a list of at least one message that is."""
-    if chat and not value:
-        raise GenarmError(f"{where}: {key} has no messages")
-    for message in value if chat else [{"role": "", "content": value}]:
-        if not isinstance(message, dict):
-            raise GenarmError(f"{where}: {key} has a message that is not an object")
-        for part in ("role", "content"):
-            if not isinstance(message.get(part), str):
-                raise GenarmError(f"{where}: {key} has a message whose {part} is missing or not a string")
-        try:
-            message["content"].encode()
-        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
-            raise GenarmError(f"{where}: {key} is not valid Unicode: {error.reason}") from error
 
 
 def encode_preferences(

@@ -1,15 +1,18 @@
 """What `genarm generate` reads and writes: prompts, and a file of results that an interrupted run goes on with."""
 
 import json
-import math
 import os
+import reprlib
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from . import jsonl
 from .errors import GenarmError
+
+_LARGEST = 3.4028234663852886e38  # of float32
 
 
 @dataclass(frozen=True)
@@ -34,29 +37,45 @@ class Prompt:
         return textwrap.shorten(text, 100, placeholder=" ...")
 
 
+def check_number(value: Any, what: str) -> None:
+    """GenarmError unless `value` is a number that is finite in float32, which decoding computes in."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise GenarmError(f"{what} is not a number: {reprlib.repr(value)}")
+    if not abs(value) <= _LARGEST:  # not by float(value), which overflows on an int of 400 digits
+        raise GenarmError(f"{what} is not finite in float32: {reprlib.repr(value)}")
+
+
 def number(text: str, what: str) -> float:
-    """`text` as a finite number; GenarmError otherwise.
+    """`text` as a number that `check_number` passes; GenarmError otherwise.
 
     >>> number("0.5", "weight of 'polite'")
     0.5
     """
     try:
         value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise GenarmError(f"{what} is not a number: {text!r}")
+    except ValueError as error:
+        raise GenarmError(f"{what} is not a number: {text!r}") from error
+    check_number(value, what)
     return value
+
+
+def check_arm(name: str, arms: Iterable[str], where: str) -> None:
+    """GenarmError unless `name` is one of the run's ARMs."""
+    if name not in arms:
+        raise GenarmError(f"{where}: no ARM is called {name!r}; there are: {', '.join(arms) or 'none'}")
 
 
 def from_texts(texts: Iterable[str]) -> list[Prompt]:
     """The prompts of the command line."""
-    return [Prompt(where, _text(text, where)) for i, text in enumerate(texts, start=1) if (where := f"--prompt {i}")]
+    prompts = [Prompt(f"--prompt {i}", text) for i, text in enumerate(texts, start=1)]
+    for prompt in prompts:
+        jsonl.check_text(prompt.content, prompt.where)
+    return prompts
 
 
 def from_lines(stream: BinaryIO, name: str) -> list[Prompt]:
     """A prompt a line; blank lines are passed over."""
-    return _some([Prompt(where, _decode(line, where)) for where, line in _lines(stream, name)], name)
+    return _some([Prompt(where, _decode(line, where)) for where, line in jsonl.lines(stream, name)], name)
 
 
 def from_jsonl(path: Path, arms: Iterable[str]) -> list[Prompt]:
@@ -67,11 +86,7 @@ def from_jsonl(path: Path, arms: Iterable[str]) -> list[Prompt]:
     Raises:
         GenarmError: the file cannot be read or is empty; "path:line: ..." for the first malformed row.
     """
-    try:
-        with path.open("rb") as stream:
-            return _some([_row(line, where, tuple(arms)) for where, line in _lines(stream, str(path))], str(path))
-    except OSError as error:
-        raise GenarmError(f"{path}: cannot be read: {error.strerror}") from error
+    return _some([_prompt(where, row, arms) for where, row in jsonl.rows(path)], str(path))
 
 
 class Results:
@@ -79,7 +94,7 @@ class Results:
 
     `known` holds, for each prompt, the part of its line that is known before decoding. Opening an existing file checks
     that its lines begin with theirs, cuts off a line that was not finished, and sets `done`, the number of those that
-    were.
+    were. The file is locked meanwhile: a second process that opens it is refused.
     """
 
     def __init__(self, path: Path, known: list[dict[str, Any]]) -> None:
@@ -89,6 +104,9 @@ class Results:
             raise GenarmError(f"{path}: cannot be written to: not a regular file")
         try:
             self._file = path.open("a+b")
+            _lock(self._file)
+        except BlockingIOError as error:
+            raise GenarmError(f"{path}: another process is writing to it") from error
         except OSError as error:
             raise GenarmError(f"{path}: cannot be written to: {error.strerror}") from error
         self._file.seek(0)
@@ -127,8 +145,16 @@ def _decode(line: bytes, where: str) -> str:
         raise GenarmError(f"{where}: is not valid UTF-8: {error.reason}") from error
 
 
-def _lines(stream: BinaryIO, name: str) -> Iterable[tuple[str, bytes]]:
-    return ((f"{name}:{i}", line) for i, line in enumerate(stream, start=1) if line.strip())
+def _lock(file: BinaryIO) -> None:
+    """Until the file is closed; BlockingIOError when another has it. Nothing where files cannot be locked."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except (ImportError, OSError):  # Windows; some network file systems
+        pass
 
 
 def _some(prompts: list[Prompt], name: str) -> list[Prompt]:
@@ -137,47 +163,19 @@ def _some(prompts: list[Prompt], name: str) -> list[Prompt]:
     return prompts
 
 
-def _row(line: bytes, where: str, arms: tuple[str, ...]) -> Prompt:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise GenarmError(f"{where}: is not JSON: {error}") from error
-    if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
+def _prompt(where: str, row: dict[str, Any], arms: Iterable[str]) -> Prompt:
+    if ("prompt" in row) == ("messages" in row):
         raise GenarmError(f"{where}: is not an object with either prompt or messages")
+    key, check = ("prompt", jsonl.check_text) if "prompt" in row else ("messages", jsonl.check_messages)
+    check(row[key], f"{where}: {key}")
+    jsonl.check_unicode(row.get("id"), f"{where}: id")
     weights = row.get("weights", {})
     if not isinstance(weights, dict):
         raise GenarmError(f"{where}: weights is not an object")
     for name, weight in weights.items():
         check_arm(name, arms, f"{where}: weights")
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-            raise GenarmError(f"{where}: weight of {name!r} is not a number: {json.dumps(weight)}")
-    content = row["prompt"] if "prompt" in row else row["messages"]
-    if "prompt" in row:
-        _text(content, where)
-    elif not isinstance(content, list) or not content:
-        raise GenarmError(f"{where}: messages is not a list of messages")
-    else:
-        for message in content:
-            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                raise GenarmError(f"{where}: messages has one without role and content")
-            _text(message.get("content"), where)
-    return Prompt(where, content, row.get("id"), weights)
-
-
-def check_arm(name: str, arms: Iterable[str], where: str) -> None:
-    """GenarmError unless `name` is one of the run's ARMs."""
-    if name not in arms:
-        raise GenarmError(f"{where}: no ARM is called {name!r}; there are: {', '.join(arms) or 'none'}")
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise GenarmError(f"{where}: the prompt's text is missing or not a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
-        raise GenarmError(f"{where}: is not valid Unicode: {error.reason}") from error
-    return value
+        check_number(weight, f"{where}: weight of {name!r}")
+    return Prompt(where, row[key], row.get("id"), weights)
 
 
 def _difference(line: bytes, known: dict[str, Any]) -> str:

@@ -325,6 +325,8 @@ def _check_settings(settings: dict[str, Any], save_steps: int | None) -> None:
         value = save_steps if name == "save_steps" else settings[name]
         if value is not None and (not isinstance(value, int) or value < least):
             raise GenarmError(f"{name} must be a whole number of at least {least}, not {value}")
+    if settings["seed"] >= 2**32:  # NumPy takes no more
+        raise GenarmError(f"seed must be below 2**32, not {settings['seed']}")
     for name in ("beta", "lr", "epochs"):
         if not 0 < settings[name] < math.inf:
             raise GenarmError(f"{name} must be a positive number, not {settings[name]}")
@@ -388,6 +390,6 @@ def _check_fits(model: Any, pairs: list[dict[str, list[int]]]) -> None:
     size, largest = model.get_input_embeddings().num_embeddings, max(map(max, sequences))
     if largest >= size:
         raise GenarmError(f"the tokenizer has the token {largest}, but the model only {size} tokens")
-    limit, longest = getattr(model.config, "max_position_embeddings", None), max(map(len, sequences))
+    limit, longest = loading.max_positions(model), max(map(len, sequences))
     if limit and longest > limit:
         raise GenarmError(f"a sequence has {longest} tokens, but the model takes {limit}; lower --max-length")

@@ -1,0 +1,63 @@
+"""Files with a JSON object a line, and the checks that their readers share."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .errors import GenarmError
+
+
+def rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a file, each after its place, "path:line"; blank lines are passed over.
+
+    Raises:
+        GenarmError: the file cannot be read; "path:line: ..." for the first line that is not an object.
+    """
+    try:
+        with Path(path).open("rb") as stream:
+            for where, line in lines(stream, str(path)):
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise GenarmError(f"{where}: is not JSON: {error}") from error
+                if not isinstance(row, dict):
+                    raise GenarmError(f"{where}: is not an object")
+                yield where, row
+    except OSError as error:
+        raise GenarmError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def lines(stream: BinaryIO, name: str) -> Iterator[tuple[str, bytes]]:
+    """The lines of a stream that are not blank, each after its place, "name:line"."""
+    return ((f"{name}:{i}", line) for i, line in enumerate(stream, start=1) if line.strip())
+
+
+def check_text(value: Any, what: str) -> None:
+    """GenarmError unless `value` is text that a tokenizer takes."""
+    if not isinstance(value, str):
+        raise GenarmError(f"{what} is not a string")
+    check_unicode(value, what)
+
+
+def check_messages(value: Any, what: str) -> None:
+    """GenarmError unless `value` is a list of at least one {"role": str, "content": str}."""
+    if not isinstance(value, list):
+        raise GenarmError(f"{what} is not a list of messages")
+    if not value:
+        raise GenarmError(f"{what} has no messages")
+    for message in value:
+        if not isinstance(message, dict):
+            raise GenarmError(f"{what} has a message that is not an object")
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise GenarmError(f"{what} has a message whose {key} is missing or not a string")
+    check_unicode(value, what)
+
+
+def check_unicode(value: Any, what: str) -> None:
+    """GenarmError when a string in `value` holds half a surrogate pair, which JSON can spell but nothing can encode."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise GenarmError(f"{what} is not valid Unicode: {error.reason}") from error
