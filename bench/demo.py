@@ -28,10 +28,7 @@ def show_texts(console: Console) -> None:
     arms = {name: bundled.path(name) for name in world.ATTRIBUTES}
     decoder = GuidedDecoder.from_pretrained(bundled.path("base"), arms)
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
-    results = {
-        name: decoder.generate(messages=chats, weights=weights, temperature=0.7, seed=1)
-        for name, weights in SETTINGS.items()
-    }
+    results = {name: decoder.generate(messages=chats, weights=weights, seed=2) for name, weights in SETTINGS.items()}
     for i, prompt in enumerate(PROMPTS):
         table = Table(title=prompt, title_justify="left", show_lines=True)
         table.add_column("guided by")
