@@ -38,7 +38,7 @@ def test_lora_arm_from_pairs_to_text(tmp_path):
     """`genarm train` on 2,000 pairs, killed half-way and resumed, then `genarm generate` with the adapter."""
     data = tmp_path / "prefs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in world.preference_pairs("polite", 2000, seed=5)))
-    train = ["train", "--base", bundled.path("base"), "--data", data, "--save-steps", 10, "--beta", 0.5]
+    train = ["train", "--base", bundled.path("base"), "--data", data, "--save-steps", 10, "--beta", 0.5, "--lr", 5e-3]
     subprocess.run(command(*train, "--out", tmp_path / "whole"), check=True)
 
     killed = subprocess.Popen(command(*train, "--out", tmp_path / "killed"))

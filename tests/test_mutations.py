@@ -258,11 +258,16 @@ MUTATIONS = {
         "(mass_above + p < top_p",
         "test_filters_small",
     ),
-    "top-p of the whole mass": ("reference.py", "p.where(in_top_k, 0.0).sum", "p.sum", "test_filters_small"),
+    "top-p of the whole mass": (
+        "reference.py",
+        "_row_sum(p.where(in_top_k, 0.0))",
+        "_row_sum(p)",
+        "test_filters_small",
+    ),
     "min-p before top-p": (
         "reference.py",
-        "top_k_mass = p.where(in_top_k, 0.0)",
-        "top_k_mass = p.where(in_top_k & (p >= min_p[:, None]), 0.0)",
+        "_row_sum(p.where(in_top_k, 0.0))",
+        "_row_sum(p.where(in_top_k & (p >= min_p[:, None]), 0.0))",
         "test_filters_small",
     ),
     "min-p of the total": ("reference.py", "p >= min_p)", "p / p.sum(1, keepdim=True) >= min_p)", "test_filters_small"),
@@ -393,8 +398,8 @@ MUTATIONS = {
     ),
     "a bool for a number": (
         "validation.py",
-        "if isinstance(value, (bool, str)) or",
-        "if isinstance(value, str) or",
+        " and not isinstance(value, bool)\n    if not known",
+        "\n    if not known",
         "test_errors_name_the_argument and weights-TypeError",
     ),
     "a backend replaced in silence": (
