@@ -73,7 +73,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """base, ARMs kind and terse; odd (another tokenizer), nan (fails on "!"), bert, empty (no models); prompt files."""
+    """base, ARMs kind and terse; odd (another tokenizer), nan (fails on "!"), bert, adapter, empty; prompt files."""
     folder = tmp_path_factory.mktemp("root")
     for seed, name in enumerate(["base", "kind", "terse"]):
         save_model(folder / name, seed)
@@ -84,6 +84,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     broken.get_input_embeddings().weight.data[tokenizer.convert_tokens_to_ids("!")] = math.nan
     broken.save_pretrained(folder / "nan")
     BertConfig(architectures=["BertModel"]).save_pretrained(folder / "bert")
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (folder / "empty").mkdir()
     good = {"prompt": "hello"}
     for name, rows in {
@@ -165,12 +167,14 @@ ERRORS = {
     "generate --base nowhere/at/all --prompt x": "base: no such folder: 'nowhere/at/all'",
     f"{BASE} --arm a=./nowhere --prompt x": "ARM 'a': no such folder: './nowhere'",
     "generate --base empty --prompt x": "base: 'empty' holds no causal language model",
+    "generate --base adapter --prompt x": "base: 'adapter' is a LoRA adapter; give it as --arm NAME=DIR, and its base",
     "generate --base bert --prompt x": "base: 'bert' holds no causal language model but BertModel",
     f"{BASE} --arm a=odd --prompt x": "ARM 'a': its tokenizer differs from the base's: token 0 is '<s>', not '<bos>'",
     f"{MODELS} --weight rude=1 --prompt x": "--weight: no ARM is called 'rude'; there are: kind, terse",
     f"{MODELS} --prompts weights.jsonl": "weights.jsonl:2: weights: no ARM is called 'rude'; there are: kind, terse",
     f"{BASE} --arm kind=kind:much --prompt x": "--arm: weight of 'kind' is not a number: 'much'",
     f"{BASE} --arm kind=kind: --prompt x": "--arm: weight of 'kind' is not a number: ''",
+    f"{MODELS} --weight kind --prompt x": "--weight 'kind': expected NAME=WEIGHT, such as polite=0.5",
     f"{MODELS} --weight kind=much --prompt x": "--weight of 'kind' is not a number: 'much'",
     f"{MODELS} --weight kind=nan --prompt x": "--weight of 'kind' is not finite in float32: nan",
     f"{MODELS} --prompts text.jsonl": "text.jsonl:2: weight of 'kind' is not a number: 'much'",
@@ -179,7 +183,7 @@ ERRORS = {
     f"{MODELS} --prompts blank.jsonl": "blank.jsonl: has no prompts",
     f"{MODELS} --prompts nowhere.jsonl": "nowhere.jsonl: cannot be read: No such file or directory",
     f"{MODELS}": "standard input: has no prompts",
-    f"{MODELS} --prompts broken.jsonl": "broken.jsonl:3: is not JSON",
+    f"{MODELS} --prompts broken.jsonl": "broken.jsonl:3: is not JSON: Unterminated string starting at: column 12\n",
     f"{MODELS} --prompts keys.jsonl": "keys.jsonl:2: is not an object with either prompt or messages",
     f"{MODELS} --prompts message.jsonl": "message.jsonl:1: messages has a message whose content is missing",
     f"{MODELS} --prompts surrogate.jsonl": "surrogate.jsonl:1: prompt is not valid Unicode",
@@ -191,15 +195,16 @@ ERRORS = {
     f"{MODELS} --prompt x --out good.jsonl": "good.jsonl:1: belongs to another run (not a line of results)",
     f"{MODELS} --prompt x --backend abacus": "backend: expected 'auto' or one of reference",
     f"{MODELS} --prompt x --backend {MISSING} --device cpu": f"backend '{MISSING}' cannot run",
-    f"{MODELS} --prompt x --device abacus": "device 'abacus' cannot be used",
+    f"{MODELS} --prompt x --device abacus": f"'abacus' cannot be used; torch {torch.__version__} finds: cpu",
+    f"{MODELS} --prompt x --device meta": f"device 'meta' cannot be used; torch {torch.__version__} finds: cpu",
     f"{MODELS} --prompt x --dtype int8": "dtype: expected",
     f"{MODELS} --prompt x --temperature nan": "temperature",
     f"{MODELS} --prompt x --temperature warm": "Invalid value for '--temperature'",
-    f"{MODELS} --prompt x --warmth 1": "--warmth",
-    "generate --prompt": "--prompt",
-    "abacus": "No such command 'abacus'",
-    "": "Missing command",
-    "train --base base --data good.jsonl": "Missing option '--out'",
+    f"{MODELS} --prompt x --warmth 1": "; see genarm generate --help\n",
+    "generate --prompt": "Option '--prompt' requires an argument; see genarm generate --help\n",
+    "abacus": "No such command 'abacus'; see genarm --help\n",
+    "": "Missing command; see genarm --help\n",
+    "train --base base --data good.jsonl": "Missing option '--out'; see genarm train --help\n",
     "train --base base --data nowhere.jsonl --out out": "nowhere.jsonl: cannot be read",
     "train --base base --data good.jsonl --out out --beta=-1": "beta must be a positive number",
 }
@@ -236,12 +241,13 @@ def test_a_terminal_without_prompts_is_told_what_to_do(genarm: Genarm) -> None:
     assert (status, out, err.count("\n")) == (2, "", 1) and "no prompts: give --prompt" in err
 
 
-def test_a_bug_keeps_its_traceback(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [ZeroDivisionError(), FileNotFoundError(errno.ENOENT, "gone", "file"), OSError("!")])
+def test_a_bug_keeps_its_traceback(root: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def bug(*_: Any) -> None:
-        raise ZeroDivisionError
+        raise error
 
     monkeypatch.setattr(cli, "_load", bug)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(type(error)):
         cli.main(["generate", "--prompt", "x"])
 
 
@@ -477,6 +483,7 @@ def test_help_shows_examples_that_parse(genarm: Genarm) -> None:
         assert examples
         for example in examples:
             assert example in out  # on one line, as it is to be copied
+            assert not re.search("--(base|data) (?!DIR|FILE)", example)  # no name of something that is not there
             command.make_context(name, shlex.split(example)[2:])
 
 
@@ -564,6 +571,16 @@ def test_a_closed_pipe_ends_quietly(root: Path) -> None:
     process.stdout.close()  # as `| head -0` does
     assert process.stderr and process.stderr.read() == ""
     assert process.wait(60) in (0, 1)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("line", ["--help", f"{MODELS} --prompts good.jsonl"])
+def test_a_full_standard_output_is_one_line(root: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # what is buffered is tried again at exit
+    with Path("/dev/full").open("w") as full:
+        process = start(root, line, stdout=full)
+    assert process.communicate(timeout=60)[1] == "error: cannot write the output: No space left on device\n"
+    assert process.returncode == 2
 
 
 def test_the_script_reports_errors(root: Path) -> None:

@@ -162,7 +162,7 @@ CHAT = '{"prompt": [{"role": "user", "content": "p"}], "chosen": %s, "rejected":
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "p", ', "is not JSON"),
+        ('{"prompt": "p", ', "is not JSON: Expecting property name enclosed in double quotes: column 17"),
         ("\udcff", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
         ('["p", "c", "r"]', "is not an object"),
@@ -470,7 +470,8 @@ def long_row(tmp_path: Path) -> Path:
         ({"data": long_row}, "303 tokens, but the model takes 256; lower --max-length"),
         ({"out": folder_with_a_file}, "is not empty and holds no training run"),
         ({"out": folder_with_a_file, "resume": True}, "is not empty and holds no training run"),
-        ({"out": file_as_folder}, "cannot be made"),
+        ({"out": lambda path: file_as_folder(path).parent}, "file: is not a folder that can be written to"),
+        ({"out": file_as_folder}, "file: is not a folder that can be written to"),
         ({"lora_r": -1}, "lora_r must be a whole number of at least 0"),
         ({"batch_size": 2.5}, "batch_size must be a whole number"),
         ({"beta": 0.0}, "beta must be a positive number"),
@@ -489,6 +490,7 @@ def test_errors_come_in_one_line(
     with pytest.raises(GenarmError, match=message) as caught:
         train_arm(**given)
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "arm").exists()
 
 
 def test_a_nested_configuration_limits_the_length() -> None:
@@ -511,5 +513,5 @@ def test_missing_extra_is_named(base: Path, data: Path, tmp_path: Path, monkeypa
     from genarm import training
 
     monkeypatch.setattr(training, "find_spec", lambda name: None if name == "peft" else name)
-    with pytest.raises(GenarmError, match=r"peft: pip install 'genarm-kernels\[train\]'"):
+    with pytest.raises(GenarmError, match=r"peft: pip install 'gen.*, or in a checkout pip install '\.\[train\]'"):
         train_arm(base, data, tmp_path / "arm")

@@ -3,6 +3,7 @@
 # torch and transformers, which take seconds, are imported where they are used: `genarm --help` must not wait for them.
 import json
 import math
+import os
 import sys
 import warnings
 from bisect import bisect
@@ -61,7 +62,15 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except GenarmError as error:
         status = _fail(str(error))
     except _UsageError as error:
-        status = _fail(f"{error.format_message().rstrip('.')}; see genarm --help")
+        # The parser gives no context for an option that lacks its value; the command is then the first word.
+        command = error.ctx.command_path if error.ctx else f"genarm {(argv or sys.argv[1:])[0]}"
+        status = _fail(f"{error.format_message().rstrip('.')}; see {command} --help")
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        # A stream cannot be written to. typer has dealt with a closed pipe.
+        status = _fail(f"cannot write the output: {error.strerror}")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python holds back and writes at exit
     except (KeyboardInterrupt, typer.Abort):
         status = 130
     sys.exit(status)
@@ -231,8 +240,8 @@ def train(
 
     \b
     Examples:
-      genarm train --base models/base --data prefs.jsonl --out kind
-      genarm train --base models/base --data prefs.jsonl --out kind --resume
+      genarm train --base DIR --data FILE.jsonl --out kind
+      genarm train --base DIR --data FILE.jsonl --out kind --resume
     """
     try:
         _quiet()
@@ -303,7 +312,9 @@ def _arms(
         folders[name] = folder
         values.setdefault(name, 1.0)
     for spec in weights:
-        name, _, weight = spec.partition("=")
+        name, equals, weight = spec.partition("=")
+        if not equals:
+            raise GenarmError(f"--weight {spec!r}: expected NAME=WEIGHT, such as polite=0.5")
         prompting.check_arm(name, folders, "--weight")
         values[name] = prompting.number(weight, f"--weight of {name!r}")
     return folders, values

@@ -19,6 +19,8 @@ def rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
             for where, line in lines(stream, str(path)):
                 try:
                     row = json.loads(line)
+                except json.JSONDecodeError as error:  # whose text counts lines of its own
+                    raise GenarmError(f"{where}: is not JSON: {error.msg}: column {error.colno}") from error
                 except (ValueError, RecursionError) as error:
                     raise GenarmError(f"{where}: is not JSON: {error}") from error
                 if not isinstance(row, dict):
@@ -29,8 +31,8 @@ def rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def lines(stream: BinaryIO, name: str) -> Iterator[tuple[str, bytes]]:
-    """The lines of a stream that are not blank, each after its place, "name:line"."""
-    return ((f"{name}:{i}", line) for i, line in enumerate(stream, start=1) if line.strip())
+    """The lines of a stream that are not blank, without their ends, each after its place, "name:line"."""
+    return ((f"{name}:{i}", line.rstrip(b"\r\n")) for i, line in enumerate(stream, start=1) if line.strip())
 
 
 def check_text(value: Any, what: str) -> None:

@@ -18,6 +18,7 @@ from genarm_kernels.validation import OPERAND_DTYPES
 from .errors import GenarmError
 
 Source = str | Path | torch.nn.Module
+INSTALL_TRAIN = "pip install 'genarm-kernels[train]', or in a checkout pip install '.[train]'"
 
 
 class LoadedModel(NamedTuple):
@@ -87,6 +88,10 @@ def load_config(label: str, source: str | Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(str(source))
     except (OSError, ValueError, KeyError) as error:
+        if find_adapter_config_file(str(source)) is not None:
+            raise GenarmError(
+                f"{label}: {str(source)!r} is a LoRA adapter; give it as --arm NAME=DIR, and its base as --base"
+            ) from error
         reason = f"no usable config.json: {_first_line(error)}"
         raise GenarmError(f"{label}: {str(source)!r} holds no causal language model: {reason}") from error
     kinds = {name.lower() for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _as_tuple(names)}
@@ -125,9 +130,11 @@ def resolve_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise GenarmError(f"device {device!r} cannot be used: {_first_line(error)}") from error
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        accelerator, n = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
+        found = ", ".join(["cpu", *(f"{accelerator}:{i}" for i in range(n))])
+        raise GenarmError(f"device {device!r} cannot be used; torch {torch.__version__} finds: {found}") from error
     return device
 
 
@@ -145,7 +152,7 @@ def _load_adapter(label: str, source: str | Path, base: PreTrainedModel) -> Any:
     try:
         from peft import PeftConfig, get_peft_model
     except ImportError as error:
-        raise GenarmError(f"{label}: an adapter needs PEFT: pip install 'genarm-kernels[train]'") from error
+        raise GenarmError(f"{label}: an adapter needs PEFT: {INSTALL_TRAIN}") from error
     # The copy shares every weight of the base: only the adapter's own take memory.
     twin = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
     try:

@@ -140,7 +140,7 @@ class Results:
 
 def _decode(line: bytes, where: str) -> str:
     try:
-        return line.decode().rstrip("\r\n")
+        return line.decode()
     except UnicodeDecodeError as error:
         raise GenarmError(f"{where}: is not valid UTF-8: {error.reason}") from error
 

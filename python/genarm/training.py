@@ -223,7 +223,7 @@ def train_arm(
     _check_settings(settings, save_steps)
     for package in ["accelerate", *(["peft"] if lora_r else [])]:
         if find_spec(package) is None:
-            raise GenarmError(f"training needs {package}: pip install 'genarm-kernels[train]'")
+            raise GenarmError(f"training needs {package}: {loading.INSTALL_TRAIN}")
 
     console = Console(quiet=not verbose, highlight=False, markup=False, soft_wrap=True)
     rows = read_preferences(data)
@@ -268,6 +268,7 @@ def train_arm(
         )
         model = get_peft_model(model, lora)
 
+    out.mkdir(parents=True, exist_ok=True)
     _write_json(out / "run.json", settings)
     steps = math.ceil(epochs * math.ceil(len(train_pairs) / batch_size))
     arguments = TrainingArguments(
@@ -340,16 +341,15 @@ def _check_settings(settings: dict[str, Any], save_steps: int | None) -> None:
 
 
 def _open_run(out: Path, settings: dict[str, Any], resume: bool) -> str | None:
-    """Make or check the folder of a run; the last complete checkpoint in it, if any."""
+    """Check the folder of a run, or where it is to be made; the last complete checkpoint in it, if any."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        empty = not any(out.iterdir())
+        there = next(path for path in (out, *out.parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise GenarmError(f"{there}: is not a folder that can be written to")
+        if there != out or not any(out.iterdir()):
+            return None
     except OSError as error:
-        raise GenarmError(f"{out}: cannot be made: {error.strerror}") from error
-    if not os.access(out, os.W_OK):
-        raise GenarmError(f"{out}: cannot be written to")
-    if empty:
-        return None
+        raise GenarmError(f"{out}: cannot be read: {error.strerror}") from error
     if not (out / "run.json").exists():
         raise GenarmError(f"{out}: is not empty and holds no training run; choose another folder")
     if not resume:
