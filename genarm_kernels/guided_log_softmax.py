@@ -37,13 +37,19 @@ def guided_log_softmax(
         if backend not in ("auto", "reference"):
             raise RuntimeError(f"backend {backend!r} has no gradient; use backend='reference', or torch.no_grad()")
         backend = "reference"
+    weight_numbers, weights_rows = validation.weights(weights, base, len(arms))
+    base_weight, base_weight_rows = validation.float_rows("base_weight", base_weight, base)
+    temperature, temperature_rows = validation.float_rows("temperature", temperature, base, validation.ABOVE_ZERO)
     return ops.guided_log_softmax(
+        validation.backend(backend),
         base,
         arms,
-        *validation.weights(weights, base, len(arms)),
-        *validation.float_rows("base_weight", base_weight, base),
-        *validation.float_rows("temperature", temperature, base, validation.ABOVE_ZERO),
-        validation.token_mask(token_mask, base, vocab),
         vocab,
-        validation.backend(backend),
+        weight_numbers,
+        base_weight,
+        temperature,
+        validation.token_mask(token_mask, base, vocab),
+        weights_rows,
+        base_weight_rows,
+        temperature_rows,
     )

@@ -14,7 +14,7 @@ class GuidedStep(NamedTuple):
     token: Tensor
     """`[B]` int64: the drawn token, or -1."""
     logprob: Tensor | None
-    """`[B]` float32, nats: log p(token) at `temperature`, before the filters."""
+    """`[B]` float32, nats: log p(token) at `temperature`, before the filters; p is over the allowed tokens."""
     log_mass: Tensor | None
     """`[B]` float32, nats: log of the mass of p that survived the filters; `logprob - log_mass` is the draw's own."""
     kept: Tensor
@@ -66,7 +66,8 @@ def guided_step(
         base_logits: `[B, V]` float32, bfloat16 or float16; last dimension contiguous, any row stride.
         arm_logits: N tensors `[B, V_i]`, or one `[N, B, V]`, of the base's dtype and device. N = 0: plain sampling.
         weights: the ARMs' coefficients: a float (for every ARM), N floats, or a tensor `[N]` or `[B, N]`. Any sign,
-            never normalised. An ARM of weight 0 has no influence, and still reports its log-probability.
+            never normalised. An ARM of weight 0 has no influence, and still reports its log-probability: NaN or +inf
+            in its logits can make that NaN, never the draw.
         base_weight: the base's coefficient, a float or a tensor `[B]`.
         temperature: float or `[B]`, >= 0. 0 is greedy: the largest, the lowest index among equals.
         top_k: int or `[B]`: keep tokens with fewer than top_k above them. <= 0 is off.
@@ -75,13 +76,15 @@ def guided_step(
         seed: int, or int64 tensor `[B]`. An int s gives row b the seed s + b.
         position: int, or int64 tensor `[B]`: index of the token being drawn. The draw is a pure function of (the row,
             seed, position): the caller advances it.
-        token_mask: int32 `[B, W]` bitmask, bit v % 32 of word v // 32 set = allowed (as grammar engines emit it).
+        token_mask: int32 `[B, W]` bitmask, bit v % 32 of word v // 32 set = allowed (as grammar engines emit it). The
+            last example makes one of bools.
         vocab_size: tokens from here on are never drawn; needed when the operands differ in width.
         logprobs: False leaves the four float fields None and spares their cost.
         backend: "auto" or a name of `available_backends()`; a named backend runs or raises.
 
     Returns:
-        `GuidedStep`, without gradient. Rows that cannot be drawn have token -1 and a status; see `raise_for_status`.
+        `GuidedStep`, without gradient. Rows that cannot be drawn have token -1, NaN in the float fields and a status;
+        see `raise_for_status`.
 
     Raises:
         ValueError: a shape, dtype, device, stride or number is wrong. TypeError: a Python value has the wrong type.
@@ -93,23 +96,44 @@ def guided_step(
     tensor([2])
     >>> guided_step(base, [arm], weights=2.0, temperature=0).token
     tensor([0])
+    >>> allowed = torch.tensor([[False, True, False]])  # [B, V]
+    >>> bits = torch.nn.functional.pad(allowed, (0, -allowed.shape[1] % 32)).unflatten(1, (-1, 32))
+    >>> token_mask = (bits << torch.arange(32, dtype=torch.int32)).sum(2, dtype=torch.int32)
+    >>> guided_step(base, [arm], token_mask=token_mask).token
+    tensor([1])
     """
     base, arms, vocab = validation.operands(base_logits, arm_logits, vocab_size)
+    weight_numbers, weights_rows = validation.weights(weights, base, len(arms))
+    base_weight, base_weight_rows = validation.float_rows("base_weight", base_weight, base)
+    temperature, temperature_rows = validation.float_rows("temperature", temperature, base, 0.0)
+    top_k, top_k_rows = validation.int_rows("top_k", top_k, base)
+    top_p, top_p_rows = validation.float_rows("top_p", top_p, base, 0.0, 1.0)
+    min_p, min_p_rows = validation.float_rows("min_p", min_p, base, 0.0, 1.0)
+    seed, seed_rows = validation.counter_rows("seed", seed, base, per_row=True)
+    position, position_rows = validation.counter_rows("position", position, base)
     outputs = ops.guided_step(
-        base.detach(),
-        [arm.detach() for arm in arms],
-        *validation.weights(weights, base, len(arms)),
-        *validation.float_rows("base_weight", base_weight, base),
-        *validation.float_rows("temperature", temperature, base, 0.0),
-        *validation.int_rows("top_k", top_k, base),
-        *validation.float_rows("top_p", top_p, base, 0.0, 1.0),
-        *validation.float_rows("min_p", min_p, base, 0.0, 1.0),
-        *validation.counter_rows("seed", seed, base, per_row=True),
-        *validation.counter_rows("position", position, base),
-        validation.token_mask(token_mask, base, vocab),
+        validation.backend(backend),
+        base.detach() if base.requires_grad else base,
+        [arm.detach() if arm.requires_grad else arm for arm in arms],
         vocab,
         validation.flag("logprobs", logprobs),
-        validation.backend(backend),
+        weight_numbers,
+        base_weight,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        seed,
+        position,
+        validation.token_mask(token_mask, base, vocab),
+        weights_rows,
+        base_weight_rows,
+        temperature_rows,
+        top_k_rows,
+        top_p_rows,
+        min_p_rows,
+        seed_rows,
+        position_rows,
     )
     if logprobs:
         return GuidedStep(*outputs)

@@ -12,6 +12,7 @@ from .backends import NAMES
 
 OPERAND_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_FLOAT32 = torch.finfo(torch.float32).max
+_WEIGHT = "a number for each ARM (pass a tensor [B, N] for weights per row)"
 ABOVE_ZERO = 2.0**-149  # the smallest float32: what is below would be rounded to 0
 
 # A parameter: the number that holds for every row, or the tensor that holds one a row.
@@ -29,7 +30,7 @@ class Operands(NamedTuple):
 
 def operands(base_logits: Any, arm_logits: Any, vocab_size: Any) -> Operands:
     """ValueError or TypeError unless the logits fit each other."""
-    base = _logits("base_logits", base_logits)
+    rows, width = _logits("base_logits", base_logits)
     if isinstance(arm_logits, Tensor):
         if arm_logits.dim() != 3:
             raise ValueError(f"arm_logits: expected a sequence of [B, V] or one [N, B, V], got {_kind(arm_logits)}")
@@ -38,23 +39,24 @@ def operands(base_logits: Any, arm_logits: Any, vocab_size: Any) -> Operands:
         arms = list(arm_logits)
     else:
         raise TypeError(f"arm_logits: expected a sequence of tensors or one tensor, got {_kind(arm_logits)}")
-    widths = [base.shape[1]]
+    base: Tensor = base_logits
+    dtype, device, widths = base.dtype, base.device, [width]
     for i, arm in enumerate(arms):
-        name = f"arm_logits[{i}]"
-        _logits(name, arm)
-        if arm.shape[0] != base.shape[0]:
-            raise ValueError(f"{name}: expected {base.shape[0]} rows as in base_logits, got {arm.shape[0]}")
-        if arm.dtype != base.dtype or arm.device != base.device:
-            raise ValueError(f"{name}: expected {base.dtype} on {base.device} as base_logits, got {_kind(arm)}")
-        widths.append(arm.shape[1])
+        arm_rows, width = _logits("arm_logits", arm, i)
+        if arm_rows != rows:
+            raise ValueError(f"arm_logits[{i}]: expected {rows} rows as in base_logits, got {arm_rows}")
+        if arm.dtype != dtype or arm.device != device:
+            raise ValueError(f"arm_logits[{i}]: expected {dtype} on {device} as base_logits, got {_kind(arm)}")
+        widths.append(width)
 
+    narrowest = min(widths)
     if vocab_size is None:
-        if any(width != widths[0] for width in widths):
+        if max(widths) != narrowest:
             raise ValueError(f"vocab_size: operands of different width need it, got None for widths {widths}")
-        return Operands(base, arms, widths[0])
+        return Operands(base, arms, narrowest)
     vocab_size = _int("vocab_size", vocab_size)
-    if not 1 <= vocab_size <= min(widths):
-        raise ValueError(f"vocab_size: expected 1 to {min(widths)} (the narrowest operand), got {vocab_size}")
+    if not 1 <= vocab_size <= narrowest:
+        raise ValueError(f"vocab_size: expected 1 to {narrowest} (the narrowest operand), got {vocab_size}")
     return Operands(base, arms, vocab_size)
 
 
@@ -68,8 +70,8 @@ def weights(value: Any, base: Tensor, n_arms: int) -> tuple[list[float], Tensor 
         return [], value.detach().float().expand(rows, n_arms)
     if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != n_arms:
-            raise ValueError(f"weights: expected {n_arms} numbers, one for each ARM, got {len(value)}")
-        return [_float(f"weights[{i}]", w) for i, w in enumerate(value)], None
+            raise ValueError(f"weights: expected {_WEIGHT}, got {len(value)} for {n_arms} ARMs")
+        return [_float(f"weights[{i}]", w, _WEIGHT) for i, w in enumerate(value)], None
     return [_float("weights", value)] * n_arms, None
 
 
@@ -88,7 +90,8 @@ def int_rows(name: str, value: Any, base: Tensor) -> IntRows:
     """An int parameter that holds for every row, clamped to int64 (top_k: any int is a meaning)."""
     if isinstance(value, Tensor):
         return 0, _rows(name, value, base, floating=False).long()
-    return max(-(2**63), min(_int(name, value), 2**63 - 1)), None
+    value = _int(name, value)
+    return value if -(2**63) <= value < 2**63 else (2**63 - 1 if value > 0 else -(2**63)), None
 
 
 def counter_rows(name: str, value: Any, base: Tensor, per_row: bool = False) -> IntRows:
@@ -113,7 +116,10 @@ def token_mask(value: Any, base: Tensor, vocab_size: int) -> Tensor | None:
     words = (vocab_size + 31) // 32
     rows = base.shape[0]
     if value.dtype != torch.int32 or value.dim() != 2 or value.shape[0] != rows or value.shape[1] < words:
-        raise ValueError(f"token_mask: expected torch.int32 [{rows}, >= {words}], got {_kind(value)}")
+        raise ValueError(
+            f"token_mask: expected torch.int32 [{rows}, >= {words}], got {_kind(value)}; "
+            "guided_step's docstring packs bools"
+        )
     if value.device != base.device:
         raise ValueError(f"token_mask: expected it on {base.device} as base_logits, got {_kind(value)}")
     return value
@@ -135,16 +141,20 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
-def _logits(name: str, x: Any) -> Tensor:
+def _logits(name: str, x: Any, index: int | None = None) -> tuple[int, int]:
+    """The shape of an operand; `index`: where it stands in the sequence `name`."""
+    if isinstance(x, Tensor):
+        shape = x.shape
+        if len(shape) == 2 and shape[1] and x.dtype in OPERAND_DTYPES and (shape[1] == 1 or x.stride(1) == 1):
+            return shape
+    name = name if index is None else f"{name}[{index}]"
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {_kind(x)}")
     if x.dim() != 2 or x.shape[1] == 0:
         raise ValueError(f"{name}: expected shape [B, V] with V >= 1, got {_kind(x)}")
     if x.dtype not in OPERAND_DTYPES:
         raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {_kind(x)}")
-    if x.shape[1] > 1 and x.stride(1) != 1:
-        raise ValueError(f"{name}: expected a contiguous last dimension, got strides {x.stride()}; call .contiguous()")
-    return x
+    raise ValueError(f"{name}: expected a contiguous last dimension, got strides {x.stride()}; call .contiguous()")
 
 
 def _rows(name: str, value: Tensor, base: Tensor, floating: bool) -> Tensor:
@@ -162,17 +172,21 @@ def _parameter_tensor(name: str, value: Tensor, base: Tensor, floating: bool) ->
         raise ValueError(f"{name}: expected it on {base.device} as base_logits, got {_kind(value)}")
 
 
-def _float(name: str, value: Any) -> float:
+def _float(name: str, value: Any, expected: str = "a number or a tensor") -> float:
+    if type(value) is float and -_MAX_FLOAT32 <= value <= _MAX_FLOAT32:  # the usual case, without ceremony
+        return value
     # bool is an int to Python; as a weight or temperature it is a mistake. Real: NumPy's scalars.
     known: bool = isinstance(value, (float, int, Real)) and not isinstance(value, bool)
     if not known:
-        raise TypeError(f"{name}: expected a number or a tensor, got {_kind(value)}")
+        raise TypeError(f"{name}: expected {expected}, got {_kind(value)}")
     if not -_MAX_FLOAT32 <= value <= _MAX_FLOAT32:  # before float(), which an int may be too large for
         raise ValueError(f"{name}: expected a finite float32 number, got {value}")
     return float(value)
 
 
 def _int(name: str, value: Any) -> int:
+    if type(value) is int:
+        return value
     if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")):
         raise TypeError(f"{name}: expected an int or an integer tensor, got {_kind(value)}")
     return value if isinstance(value, int) else value.__index__()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from genarm_kernels import available_backends
+from genarm_kernels.backends import cpu
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -26,11 +27,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
-@pytest.fixture(params=available_backends())
+def backends_and_paths() -> list[str]:
+    """The backends, the CPU's once for each instruction set that this machine runs: "cpu-avx2"."""
+    isas = cpu._cpu.supported_isas() if "cpu" in available_backends() else ()
+    return [
+        path for name in available_backends() for path in ([f"cpu-{isa}" for isa in isas] if name == "cpu" else [name])
+    ]
+
+
+@pytest.fixture(params=backends_and_paths())
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name; tensors that the test makes are on the device which that backend serves."""
-    if request.param not in ("triton", "cuda") or not torch.cuda.is_available():
-        yield request.param
-        return
-    with torch.device("cuda"):
-        yield request.param
+    name, _, isa = request.param.partition("-")
+    if isa:
+        before = cpu._cpu.isa()
+        cpu._cpu.set_isa(isa)
+        yield name
+        cpu._cpu.set_isa(before)
+    elif name in ("triton", "cuda") and torch.cuda.is_available():
+        with torch.device("cuda"):
+            yield name
+    else:
+        yield name

@@ -1099,6 +1099,14 @@ def test_errors_name_the_argument(argument: str, error: type[Exception], kwargs:
             call(**{"base_logits": X, "arm_logits": [X], **kwargs})
 
 
+def test_errors_show_the_way_out() -> None:
+    for weights in ([[1.0, 2.0]] * 2, [[1.0, 2.0]] * 3, [torch.ones(3)] * 2):
+        with pytest.raises((TypeError, ValueError), match=r"pass a tensor \[B, N\] for weights per row"):
+            guided_step(torch.zeros(3, 40), torch.zeros(2, 3, 40), weights)
+    with pytest.raises(ValueError, match=r"guided_step's docstring packs bools$"):
+        guided_step(X, token_mask=X.bool())
+
+
 def test_log_softmax_needs_a_temperature_above_zero(backend: str) -> None:
     for value in (0.0, -1.0, NAN):
         with pytest.raises(ValueError, match=r"^temperature: "):
@@ -1126,11 +1134,11 @@ def operator_arguments(backend: str, rows: bool) -> dict[str, tuple]:
     ints = [torch.ones(3, dtype=torch.int64) if rows else None for _ in range(3)]
     weights = ([], torch.ones(3, 2)) if rows else ([0.5, 0.25], None)
     mask = bitmask([[1, 2, 35]] * 3, 2) if rows else None
-    sampling = (20, ints[0], 0.9, floats[2], 0.01, floats[3], 7, ints[1], 5, ints[2])
-    head = (x, [x + 1, x * 2], *weights, 1.0, floats[0], 0.7, floats[1])
+    head, numbers = (backend, x, [x + 1, x * 2], 39), (weights[0], 1.0, 0.7)
+    tensors = (mask, weights[1], floats[0], floats[1])
     return {
-        "guided_step": (*head, *sampling, mask, 39, True, backend),
-        "guided_log_softmax": (*head, mask, 39, backend),
+        "guided_step": (*head, True, *numbers, 20, 0.9, 0.01, 7, 5, *tensors, ints[0], *floats[2:], *ints[1:]),
+        "guided_log_softmax": (*head, *numbers, *tensors),
     }
 
 
@@ -1139,11 +1147,11 @@ def operator_arguments(backend: str, rows: bool) -> dict[str, tuple]:
 def test_opcheck(backend: str, name: str, rows: bool) -> None:
     operator, arguments = getattr(torch.ops.genarm_kernels, name).default, operator_arguments(backend, rows)[name]
     if name == "guided_log_softmax" and backend == "reference":
-        for x in (arguments[0], *arguments[1]):
+        for x in (arguments[1], *arguments[2]):
             x.detach_().requires_grad_()
     torch.library.opcheck(operator, arguments)
     if name == "guided_step":
-        torch.library.opcheck(operator, (*arguments[:-2], False, backend))
+        torch.library.opcheck(operator, (*arguments[:4], False, *arguments[5:]))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -375,7 +375,12 @@ MUTATIONS = {
         "gumbel(seed[:, None] // 2, position",
         "test_independence and seed",
     ),
-    "missing detach": ("guided_step.py", "base.detach(),", "base,", "test_no_output_carries_a_gradient and operands"),
+    "missing detach": (
+        "guided_step.py",
+        "base.detach() if base.requires_grad else base,",
+        "base,",
+        "test_no_output_carries_a_gradient and operands",
+    ),
     "log-probs nevertheless": ("guided_step.py", "    if logprobs:\n", "    if True:\n", "test_without_logprobs"),
     "other tokens without log-probs": (
         "reference.py",
@@ -392,8 +397,8 @@ MUTATIONS = {
     ),
     "an argument not named": (
         "validation.py",
-        'raise ValueError(f"token_mask: expected torch',
-        'raise ValueError(f"expected torch',
+        'f"token_mask: expected torch',
+        'f"expected torch',
         "test_errors_name_the_argument and token_mask",
     ),
     "a bool for a number": (

@@ -1,6 +1,7 @@
 """Which backends there are, which can run here, and why one cannot."""
 
 import functools
+import importlib
 import importlib.util
 from types import ModuleType
 
@@ -14,7 +15,9 @@ def why_unavailable(name: str) -> str | None:
     """None when the backend can run on this machine, otherwise the reason in words."""
     if importlib.util.find_spec(f"{__name__}.{name}") is None:
         return "not part of this version"
-    return None
+    module = importlib.import_module(f"{__name__}.{name}")
+    reason: str | None = module.why_unavailable()
+    return reason
 
 
 def available_backends() -> tuple[str, ...]:

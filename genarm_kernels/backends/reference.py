@@ -6,28 +6,32 @@ from torch import Tensor
 from .. import reference
 
 
+def why_unavailable() -> None:
+    """Plain PyTorch runs wherever PyTorch does."""
+
+
 def guided_step(
     base_logits: Tensor,
     arm_logits: list[Tensor],
-    weights: list[float],
-    weights_rows: Tensor | None,
-    base_weight: float,
-    base_weight_rows: Tensor | None,
-    temperature: float,
-    temperature_rows: Tensor | None,
-    top_k: int,
-    top_k_rows: Tensor | None,
-    top_p: float,
-    top_p_rows: Tensor | None,
-    min_p: float,
-    min_p_rows: Tensor | None,
-    seed: int,
-    seed_rows: Tensor | None,
-    position: int,
-    position_rows: Tensor | None,
-    token_mask: Tensor | None,
     vocab_size: int,
     logprobs: bool,
+    weights: list[float],
+    base_weight: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int,
+    position: int,
+    token_mask: Tensor | None,
+    weights_rows: Tensor | None,
+    base_weight_rows: Tensor | None,
+    temperature_rows: Tensor | None,
+    top_k_rows: Tensor | None,
+    top_p_rows: Tensor | None,
+    min_p_rows: Tensor | None,
+    seed_rows: Tensor | None,
+    position_rows: Tensor | None,
 ) -> tuple[Tensor, ...]:
     in_tensors = (top_k_rows, top_p_rows, min_p_rows)
     filtered = any(rows is not None for rows in in_tensors) or top_k > 0 or top_p < 1 or min_p > 0
@@ -54,14 +58,14 @@ def guided_step(
 def guided_log_softmax(
     base_logits: Tensor,
     arm_logits: list[Tensor],
-    weights: list[float],
-    weights_rows: Tensor | None,
-    base_weight: float,
-    base_weight_rows: Tensor | None,
-    temperature: float,
-    temperature_rows: Tensor | None,
-    token_mask: Tensor | None,
     vocab_size: int,
+    weights: list[float],
+    base_weight: float,
+    temperature: float,
+    token_mask: Tensor | None,
+    weights_rows: Tensor | None,
+    base_weight_rows: Tensor | None,
+    temperature_rows: Tensor | None,
 ) -> Tensor:
     return reference.guided_log_softmax(
         base_logits,

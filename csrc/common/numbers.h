@@ -1,0 +1,92 @@
+// Element types, ordered keys and partial sums of exponentials.
+#ifndef GENARM_COMMON_NUMBERS_H_
+#define GENARM_COMMON_NUMBERS_H_
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "common/portability.h"
+
+namespace genarm {
+
+constexpr float kInfinity = INFINITY;
+constexpr float kMaxFloat = 3.40282347e+38f;
+constexpr float kLog2E = 1.44269504f;
+// 2^f on [-1/2, 1/2]: relative error 2e-9 before rounding, least maximum with the first coefficient held at 1.
+constexpr float kExp2[7] = {1.0f,           0.693147182f,   0.240226477f,   0.0555033237f,
+                            0.00961843692f, 0.00133988739f, 0.000153533634f};
+// Adding 1.5 * 2^23 to a float rounds it to an integer, which stands in the low bits of the sum.
+constexpr float kRound = 12582912.0f;
+constexpr double kLn2 = 0.69314718055994530942;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+GENARM_HD uint32_t bits_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+GENARM_HD float float_of(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+GENARM_HD float to_float(float x) { return x; }
+GENARM_HD float to_float(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+GENARM_HD float to_float(Float16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16, rest = x.bits & 0x7FFFu;
+  if (rest >= 0x7C00u) return float_of(sign | 0x7F800000u | rest << 13);  // infinity, NaN
+  // Subnormals come out right too: the exponent is moved by an exact multiplication.
+  return float_of(sign | bits_of(float_of(rest << 13) * 0x1p112f));
+}
+
+// Unsigned integers in the order of floats; -0 and +0 are one key. No NaN.
+GENARM_HD uint32_t ordered_key(float x) {
+  const uint32_t bits = bits_of(x + 0.0f);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+GENARM_HD float from_ordered_key(uint32_t key) { return float_of(key & 0x80000000u ? key & 0x7FFFFFFFu : ~key); }
+
+// sum * 2^reference: a part of a sum of exponentials.
+struct Partial {
+  double sum;
+  double reference;
+};
+
+// Adds up partials in the order in which they come.
+struct PartialSum {
+  double sum = 0, reference = 0;
+
+  GENARM_HD void add(Partial part) {
+    if (part.sum == 0) return;
+    if (sum == 0) {
+      sum = part.sum;
+      reference = part.reference;
+    } else if (part.reference == reference) {
+      sum += part.sum;
+    } else if (part.reference > reference) {
+      sum = sum * exp2(reference - part.reference) + part.sum;
+      reference = part.reference;
+    } else {
+      sum += part.sum * exp2(part.reference - reference);
+    }
+  }
+  // log of the sum of e^(x - origin), for terms 2^(x scale) with scale = log2(e) in float32: the difference is taken in
+  // units of that scale, whose own rounding would count in a logarithm of the sum alone.
+  GENARM_HD double log_from(double origin, float scale) const {
+    return std::isfinite(sum) ? (reference - origin * scale) * kLn2 + std::log(sum) : NAN;
+  }
+};
+
+}  // namespace genarm
+
+#endif  // GENARM_COMMON_NUMBERS_H_

@@ -1,0 +1,95 @@
+// AVX-512 (F, BW, DQ, VL): a vector is one register.
+#include "cpu/row_kernel.h"
+
+#ifdef GENARM_X86_KERNELS
+#include <immintrin.h>
+
+#include <cmath>
+
+#include "common/random.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC diagnostic ignored "-Wuninitialized"        // GCC 12 finds both in its own immintrin.h
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // (bug 105593)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl")
+#endif
+
+namespace {
+
+using F = __m512;
+using M = __mmask16;
+
+inline F set(float x) { return _mm512_set1_ps(x); }
+inline F load(const float* x) { return _mm512_loadu_ps(x); }
+inline F load(const genarm::BFloat16* x) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+inline F load(const genarm::Float16* x) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+}
+inline void store(float* out, F x) { _mm512_storeu_ps(out, x); }
+
+inline F add(F a, F b) { return _mm512_add_ps(a, b); }
+inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+inline F div(F a, F b) { return _mm512_div_ps(a, b); }
+inline F fma_of(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+inline F max_of(F a, F b) { return _mm512_max_ps(a, b); }
+
+inline M less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+inline M at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+inline M is_finite(F x) { return static_cast<M>(~_mm512_fpclass_ps_mask(x, 0x99)); }  // not NaN, not infinite
+inline M lanes_of(uint32_t bits) { return static_cast<M>(bits); }
+inline M both(M a, M b) { return static_cast<M>(a & b); }
+inline M either(M a, M b) { return static_cast<M>(a | b); }
+inline M opposite(M a) { return static_cast<M>(~a); }
+inline int count(M m) { return __builtin_popcount(m); }
+inline F select(M m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
+inline F add_where(F sum, M m, F x) { return _mm512_mask_add_ps(sum, m, sum, x); }
+
+// Writes 16 numbers, the selected ones first; returns how many those are.
+inline int compress(float* out, M m, F x) {
+  store(out, _mm512_maskz_compress_ps(m, x));
+  return count(m);
+}
+
+inline float total_of(F x) {
+  __m256 a = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
+
+inline float highest(F x) {
+  __m256 a = _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  b = _mm_max_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
+}
+
+inline F finite_exp2_of(F t) {
+  const F n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const F f = sub(t, n);
+  F p = set(genarm::kExp2[6]);
+  for (int i = 5; i >= 0; --i) p = fma_of(p, f, set(genarm::kExp2[i]));
+  return _mm512_scalef_ps(p, n);
+}
+inline F exp2_of(F t) { return finite_exp2_of(max_of(set(-200.0f), t)); }
+
+}  // namespace
+
+#include "cpu/row_kernel.inc"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+const genarm::RowKernels& genarm::avx512_kernels() { return kKernels; }
+
+#endif
