@@ -128,7 +128,7 @@ genarm_result check(const genarm_guided_log_softmax_args& args, genarm_error* er
 
 // What a call needs besides its arguments.
 struct Needs {
-  bool z;             // kept for the filters to read again
+  bool candidates;    // filters
   bool operand_sums;  // the log-softmax of every operand
 };
 
@@ -141,7 +141,7 @@ Needs needs_of(const genarm_guided_step_args& args) {
   Needs needs{false, args.logprob != nullptr};
   const bool same = args.top_k.stride == 0 && args.top_p.stride == 0 && args.min_p.stride == 0;
   const int64_t rows = same && args.in.rows > 1 ? 1 : args.in.rows;
-  for (int64_t b = 0; b < rows && !needs.z; ++b) needs.z = filtered(args, b);
+  for (int64_t b = 0; b < rows && !needs.candidates; ++b) needs.candidates = filtered(args, b);
   return needs;
 }
 
@@ -154,12 +154,11 @@ void take_arrays(Arena& arena, const genarm_inputs& in, const Needs& needs, Row*
   row->operand_partials = needs.operand_sums ? arena.take<Partial>(tiles * operands) : nullptr;
   row->z = nullptr;
   row->lane_tops = nullptr;
-  if (needs.z) {
+  if (needs.candidates) {
     row->z = arena.take<float>(in.vocab_size + 2 * kLanes);
     row->lane_tops = arena.take<float>((tiles + 1) * kLanes);
     row->offsets = arena.take<int64_t>(tiles + 1);
     row->weights = arena.take<double>(tiles);
-    row->select_buffer = arena.take<float>(kSelectBuffer + kLanes);
   }
 }
 

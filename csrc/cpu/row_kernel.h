@@ -10,8 +10,7 @@
 namespace genarm {
 
 constexpr int kTile = GENARM_TILE;
-constexpr int kLanes = 16;            // numbers a vector holds on every instruction set: their sums have the same bits
-constexpr int kSelectBuffer = 16384;  // numbers among which a threshold is narrowed down, apart from their row
+constexpr int kLanes = 16;  // numbers a vector holds on every instruction set: their sums have the same bits
 
 // Which exponentials the tile pass adds up.
 enum class Sums { kNone, kGuided, kGuidedAndOperands };
@@ -53,11 +52,10 @@ struct Row {
 
   TileSummary* summaries;     // [tiles]
   Partial* operand_partials;  // [tiles, operand_count]; written with kGuidedAndOperands
-  float* z;                   // [tiles * kTile], or NULL: nobody reads it again
-  float* lane_tops;           // [tiles, kLanes]: the largest z of every 16th token; written with z
-  int64_t* offsets;           // [tiles + 1]: where a tile's candidates begin
-  double* weights;            // [tiles]: mass of the kept tokens
-  float* select_buffer;       // [kSelectBuffer + kLanes]
+  float* z;                   // NULL, or [vocab] (and 2 kLanes more with filters): where pass 1 leaves z
+  float* lane_tops;           // with filters, [tiles, kLanes]: the largest of every 16th z of a tile
+  int64_t* offsets;           // with filters, [tiles + 1]: where a tile's candidates begin
+  double* weights;            // with filters, [tiles]: mass of the kept tokens
 };
 
 struct Drawn {
@@ -71,7 +69,7 @@ struct Drawn {
 struct RowKernels {
   // Fills the references of the row from its first tokens.
   void (*set_references)(Row& row);
-  // Pass 1, for tiles [first, last): z, its largest, and the sums of exponentials. Writes z to `row.z` unless NULL.
+  // Pass 1, for tiles [first, last): z, its largest, and the sums of exponentials.
   void (*read_tiles)(const Row& row, int64_t first, int64_t last);
   // Pass 2: from the tiles' summaries to the token.
   Drawn (*draw)(const Row& row);

@@ -53,7 +53,6 @@ def guided_step(
 def guided_log_softmax(base_logits: Tensor, arm_logits: list[Tensor], vocab_size: int, *parameters: Any) -> Tensor:
     rows = base_logits.shape[0]
     logp = torch.empty_like(base_logits, dtype=torch.float32, memory_format=torch.contiguous_format)
-    logp[:, vocab_size:] = -torch.inf
     _cpu.guided_log_softmax(
         _DTYPES[base_logits.dtype],
         torch.get_num_threads(),
@@ -64,4 +63,6 @@ def guided_log_softmax(base_logits: Tensor, arm_logits: list[Tensor], vocab_size
         vocab_size,
         *parameters,
     )
+    if vocab_size < logp.shape[1]:
+        logp[:, vocab_size:] = torch.where(logp[:, :1].isnan(), torch.nan, -torch.inf)  # a bad row is NaN throughout
     return logp

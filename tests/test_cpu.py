@@ -1,0 +1,347 @@
+"""The CPU core against the reference on calls of every kind, and what only it has: instruction sets, threads."""
+
+import contextlib
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from genarm_kernels import GuidedStep, available_backends, guided_log_softmax, guided_step
+from genarm_kernels.backends import cpu
+from genarm_kernels.testing import make_logits, random_case
+
+pytestmark = pytest.mark.skipif("cpu" not in available_backends(), reason=f"no CPU core: {cpu.why_unavailable()}")
+ISAS = cpu._cpu.supported_isas() if "cpu" in available_backends() else ()
+FLOATS = ("logprob", "log_mass", "base_logprob", "arm_logprobs")
+
+
+@pytest.fixture(autouse=True)
+def restore() -> Iterator[None]:
+    isa, threads = cpu._cpu.isa(), torch.get_num_threads()
+    yield
+    cpu._cpu.set_isa(isa)
+    torch.set_num_threads(threads)
+
+
+# --- Calls of every kind ----------------------------------------------------------------------------------------------
+
+
+def spoil(case: dict[str, Any], draw: random.Random) -> None:
+    """Changes one argument into something that a careless caller might hand in, wrong or merely unusual."""
+    base, arms = case["base_logits"], case["arm_logits"]
+    rows, width = base.shape
+    name = draw.choice(("temperature", "top_p", "min_p", "base_weight", "top_k", "seed", "position", "weights"))
+    number = draw.choice(
+        (-1.0, 0.0, 1.5, 1e-45, 1e-30, 1e30, 1e39, float("nan"), float("inf"), 2**63, 2**64, -(2**63), 3)
+    )
+    wrong = draw.choice(
+        (None, "1", True, [0.5], torch.ones(rows, 2), torch.ones(rows + 1), torch.ones(rows).bool(), 1j)
+    )
+    change = draw.randrange(16)
+    if change == 0:
+        case[name] = number
+    elif change == 1:
+        case[name] = wrong
+    elif change == 2:
+        case[name] = torch.full((rows,), 1, dtype=draw.choice((torch.float64, torch.int16, torch.int32, torch.float16)))
+    elif change == 3:
+        case[name] = torch.tensor(1 if name in ("top_k", "seed", "position") else 0.5).expand(rows)  # stride 0
+    elif change == 4:
+        case["base_logits"] = draw.choice((base.double(), base.long(), base[0], base[:, :0], base.tolist()))
+    elif change == 5:
+        case["base_logits"] = base.repeat(1, 2)[:, ::2]  # the last dimension is not contiguous
+    elif change == 6:
+        case["base_logits"], case["arm_logits"] = base[:0], [arm[:0] for arm in arms]  # B = 0: parameters may not fit
+    elif change == 7:
+        case["base_logits"] = base[:1].expand(rows, width)  # row stride 0
+    elif change == 8:
+        case["arm_logits"] = draw.choice(
+            (None, "x", [*arms, base[:, : width // 2]], [*arms, base[1:]], [*arms, 0.5], base)
+        )
+    elif change == 9:
+        case["vocab_size"] = draw.choice((0, -3, 1, width, width + 1, 2**40, 1.5, None, True))
+    elif change == 10:
+        words = draw.choice((0, 1, (width + 31) // 32))
+        mask = torch.full((rows, words), draw.choice((-1, 0, 1)), dtype=draw.choice((torch.int32, torch.int64)))
+        case["token_mask"] = draw.choice((mask, mask[:, 0] if words else mask, mask.bool(), [[1]], mask[1:]))
+    elif change == 11:
+        case["token_mask"] = torch.randint(-(2**31), 2**31, (2 * width, rows)).int().t()[:, ::2]  # strided words
+    elif change == 12:
+        scale = draw.choice((1e-30, 1e4, 1e30, 1e38))
+        case["base_logits"] = (base.float() * scale).to(base.dtype)
+    elif change == 13:
+        case["logprobs"] = draw.choice((False, False, None, 1))
+    elif change == 14:
+        case["base_logits"] = base.clone().requires_grad_()
+    else:
+        shape = torch.Size((rows, len(arms)))
+        case["weights"] = torch.full(shape, draw.choice((1.0, 0.0, float("nan"), float("inf"), -1e38, 1e-40)))
+
+
+def outcome(call: Any, case: dict[str, Any], backend: str) -> Any:
+    try:
+        return call(**case, backend=backend)
+    except (ValueError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def bits(x: torch.Tensor | None) -> torch.Tensor | None:
+    return x if x is None or x.dtype != torch.float32 else x.nan_to_num(nan=123.0).view(torch.int32)
+
+
+def assert_same_bits(ours: Any, theirs: Any, about: str) -> None:
+    fields = GuidedStep._fields if isinstance(theirs, GuidedStep) else ("the distribution",)
+    for field, a, b in zip(fields, *((x if isinstance(x, tuple) else (x,)) for x in (ours, theirs)), strict=True):
+        assert (a is None) == (b is None) and (a is None or torch.equal(bits(a), bits(b))), f"{field} differs: {about}"
+
+
+def assert_close(ours: torch.Tensor, law: torch.Tensor, about: str) -> None:
+    """Up to float32 sums, and temperatures so small that they magnify the rounding of z."""
+    assert torch.equal(ours.isnan(), law.isnan()), f"NaN elsewhere: {about}"
+    torch.testing.assert_close(ours, law, rtol=1e-5, atol=1e-5, equal_nan=True, msg=lambda text: f"{text} {about}")
+
+
+def compare(seed: int) -> tuple[int, int]:
+    """One call on every instruction set and on the reference. Returns its rows, and how many of them differ."""
+    draw = random.Random(seed)
+    case = random_case(seed)
+    # An argument spoilt before may not allow to spoil the next one.
+    with contextlib.suppress(AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        for _ in range(draw.choice((0, 0, 1, 1, 2))):
+            spoil(case, draw)
+    law, about = outcome(guided_step, case, "reference"), f"random call {seed}"
+    results = []
+    for isa in ISAS:
+        cpu._cpu.set_isa(isa)
+        results.append(outcome(guided_step, case, "cpu"))
+    if isinstance(law, str):
+        assert results == [law] * len(ISAS), about
+        return 0, 0
+    for result in results[1:]:
+        assert_same_bits(result, results[0], about)
+    ours, rows = results[0], len(law.token)
+    same = (ours.token == law.token) & (ours.kept == law.kept) & (ours.status == law.status)
+    assert torch.equal(ours.status, law.status), about
+    for field in FLOATS:
+        if getattr(law, field) is not None:
+            assert_close(getattr(ours, field)[same], getattr(law, field)[same], f"{field} of {about}")
+
+    if isinstance(case["base_logits"], torch.Tensor):
+        case["base_logits"] = case["base_logits"].detach()
+    names = ("base_logits", "arm_logits", "weights", "base_weight", "temperature", "token_mask", "vocab_size")
+    whole = {name: case[name] for name in names if name in case}
+    law_of_all, ours_of_all = (outcome(guided_log_softmax, whole, name) for name in ("reference", "cpu"))
+    if isinstance(law_of_all, str):
+        assert ours_of_all == law_of_all, about
+    else:
+        assert_close(ours_of_all, law_of_all, f"distribution of {about}")
+    return rows, rows - int(same.sum())
+
+
+@pytest.mark.parametrize("calls", [2_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_any_call_answers_as_the_reference(calls: int) -> None:
+    """Of 100,000 calls some 280,000 rows get a token or a status on every instruction set; see `make test-slow`."""
+    outcomes = [compare(seed) for seed in range(1_000_000, 1_000_000 + calls)]
+    rows, different = (sum(column) for column in zip(*outcomes, strict=True))
+    print(f"{rows} rows, {different} differ")
+    assert rows > calls and different * 10_000 < max(rows, 10_000)
+
+
+@pytest.mark.parametrize("vocab", [32000, pytest.param(128256, marks=pytest.mark.slow)])
+def test_large_rows_answer_as_the_reference(vocab: int) -> None:
+    """Candidates beyond the few that random calls have: crowded thresholds, searches without room beside them."""
+    draw, rows, different, kept_elsewhere = random.Random(vocab), 0, 0, 0
+    for seed in range(24):
+        kinds = draw.choices(("peaked", "flat", "normal", "equal"), (3, 3, 2, 1), k=2)
+        base, arm = (
+            make_logits(kind, (6, vocab), draw.choice((torch.bfloat16, torch.float32)), 2 * seed + i)
+            for i, kind in enumerate(kinds)
+        )
+        options = {
+            "weights": draw.choice((0.5, 1.0, -0.3)),
+            "temperature": draw.choice((0.1, 0.7, 1.0, 3.0)),
+            "top_k": torch.tensor(draw.choices((0, 1, 50, 1000, 5000, 20000, vocab - 1), k=6)),
+            "top_p": torch.tensor(draw.choices((1.0, 0.9, 0.5, 0.99, 0.001), k=6)),
+            "min_p": draw.choice((0.0, 0.0, 0.05, 1e-6)),
+            "seed": seed,
+        }
+        law = guided_step(base, [arm.to(base.dtype)], **options, backend="reference")
+        ours = guided_step(base, [arm.to(base.dtype)], **options, backend="cpu")
+        rows, different = rows + 6, different + int((ours.token != law.token).sum())
+        assert torch.equal(ours.status, law.status)
+        # A row of V tokens has a boundary every V-th of its mass, where sums of float32 can differ by a token.
+        far = (ours.kept - law.kept).abs() > 1 + law.kept * 1e-4
+        kept_elsewhere += int((ours.kept != law.kept).sum())
+        assert not far.any(), f"case {seed}: kept {ours.kept.tolist()} against {law.kept.tolist()}"
+        torch.testing.assert_close(ours.log_mass, law.log_mass, rtol=1e-5, atol=1e-5)
+    print(f"{rows} rows, {different} tokens and {kept_elsewhere} counts differ")
+    assert different == 0
+
+
+# --- Instruction sets and threads -------------------------------------------------------------------------------------
+
+
+def test_threads_do_not_enter() -> None:
+    """Rows shared out, one row's tiles shared out, both: the same bits."""
+    for rows in (1, 3, 8):
+        base, arm = (make_logits("peaked", (rows, 50_000), torch.bfloat16, seed) for seed in (1, 2))
+        for filters in ({}, {"top_p": 0.9}, {"top_k": 40000, "top_p": 0.95}):
+            results = []
+            for threads in (1, 2, 3, 5):
+                torch.set_num_threads(threads)
+                call = {"weights": 0.5, "backend": "cpu"}
+                results.append((guided_step(base, [arm], **call, **filters), guided_log_softmax(base, [arm], **call)))
+            for step, distribution in results[1:]:
+                assert_same_bits(step, results[0][0], f"{rows} rows, {filters}")
+                assert torch.equal(distribution, results[0][1])
+
+
+def test_many_threads_call_at_once() -> None:
+    torch.set_num_threads(2)
+    cases = [random_case(seed) for seed in range(40)]
+    big = {
+        "base_logits": make_logits("peaked", (4, 40_000)),
+        "arm_logits": [make_logits("flat", (4, 40_000))],
+        "top_p": 0.9,
+    }
+    cases += [{**big, "seed": seed} for seed in range(8)]
+    alone = [guided_step(**case, backend="cpu") for case in cases]
+    together: list[list[GuidedStep]] = [[] for _ in range(8)]
+
+    def work(mine: list[GuidedStep]) -> None:
+        mine.extend(guided_step(**case, backend="cpu") for case in cases)
+
+    threads = [threading.Thread(target=work, args=(mine,)) for mine in together]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for mine in together:
+        assert len(mine) == len(cases)
+        for result, expected in zip(mine, alone, strict=True):
+            assert_same_bits(result, expected, "eight threads")
+
+
+def test_the_interpreter_is_free_meanwhile() -> None:
+    """A call of some 100 ms, in a thread, lets this one count on."""
+    torch.set_num_threads(1)
+    base = make_logits("flat", (40, 250_000))
+    ends: list[float] = []
+
+    def work() -> None:
+        guided_step(base, [base], top_p=0.9, backend="cpu")
+        ends.append(time.perf_counter())
+
+    thread = threading.Thread(target=work)
+    start = last = time.perf_counter()
+    longest_pause = 0.0
+    thread.start()
+    while not ends:
+        time.sleep(0.0005)
+        now = time.perf_counter()
+        longest_pause, last = max(longest_pause, now - last), now
+    thread.join()
+    assert longest_pause < 0.5 * (ends[0] - start), f"held for {longest_pause:.3f} of {ends[0] - start:.3f} s"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_draws() -> None:
+    """The parent's threads are not there: the child works on its own, instead of waiting for them."""
+    torch.set_num_threads(2)
+    base = make_logits("peaked", (4, 40_000))
+    expected = guided_step(base, top_p=0.9, backend="cpu").token.tolist()
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        # Tensors that exist already, and no operation of torch's: those do wait for the parent's threads.
+        os.write(write, bytes(repr(guided_step(base, top_p=0.9, backend="cpu").token.tolist()), "ascii"))
+        os._exit(0)
+    deadline = time.monotonic() + 20
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+            pytest.fail("the child hangs")
+        time.sleep(0.01)
+    assert os.read(read, 1000).decode() == repr(expected)
+
+
+def test_denormal_numbers_count_whatever_the_host_flushes() -> None:
+    x = torch.tensor([[1e-40, 3e-40, 2e-40]])
+    results = []
+    for flush in (False, True):
+        torch.set_flush_denormal(flush)
+        results.append(guided_step(x, temperature=0, backend="cpu").token.item())
+        torch.set_flush_denormal(False)
+    assert results == [1, 1]
+
+
+def test_the_environment_forces_an_instruction_set() -> None:
+    script = "from genarm_kernels.backends import cpu, available_backends as b; print(cpu._cpu.isa(), b()[-1])"
+    for isa in (*ISAS, "sse9"):
+        environment = {**os.environ, "GENARM_CPU_ISA": isa}
+        run = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+        )
+        assert run.stdout.split() == ([isa, "cpu"] if isa != "sse9" else ["None", "reference"])
+    script = "import torch, genarm_kernels as g; g.guided_step(torch.zeros(1, 2), backend='cpu')"
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert "GENARM_CPU_ISA names none of what this machine runs: portable" in run.stderr
+
+
+def test_scratch_is_a_row_a_thread() -> None:
+    """The peak of a process that draws with top-p from 16 rows of 8 million on 2 threads: 64 MB, and 4 % on top."""
+    script = """
+import resource, torch
+from genarm_kernels import guided_step
+torch.set_num_threads(2)
+x = torch.empty(1, 8_000_000, dtype=torch.bfloat16)
+x[0] = torch.arange(8_000_000).remainder_(97)  # in place: no larger tensor has been there before
+x = x.div_(97).expand(16, -1)
+guided_step(x[:2, :5000], [x[:2, :5000]], top_p=0.9)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for _ in range(3):
+    guided_step(x, [x], top_k=7_000_000, top_p=0.9).raise_for_status()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(run.stdout) < 64 * 1.04
+
+
+def test_the_core_needs_no_torch() -> None:
+    """In a process without torch, thus without its OpenMP threads: the pool of the core's own gives the same bits."""
+    script = """
+import ctypes, importlib.util, sys
+
+spec = importlib.util.spec_from_file_location("_cpu", sys.argv[1])
+core = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(core)
+
+class Buffer:  # what the bindings want of a tensor
+    def __init__(self, ctype, rows, columns, values=()):
+        self.columns, self.array = columns, (ctype * (rows * columns))(*values)
+    def data_ptr(self):
+        return ctypes.addressof(self.array)
+    def stride(self, dimension):
+        return (self.columns, 1)[dimension]
+
+f, i32, i64 = ctypes.c_float, ctypes.c_int32, ctypes.c_int64
+x = Buffer(f, 3, 60_000, ((v * 7919 % 1009) / 100 for v in range(180_000)))
+for threads in (1, 2, 4, 4):
+    fields = [Buffer(ctype, 3, 1) for ctype in (i64, f, f, i32, f, f, i32)]
+    core.guided_step(0, threads, 3, *fields, x, [x], 60_000, True, [1.0], 1.0, 0.7, 500, 0.9, 0.0, 11, 0, *[None] * 9)
+    print([list(field.array) for field in fields])
+assert "torch" not in sys.modules
+"""
+    command = [sys.executable, "-c", script, cpu._cpu.__file__]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = run.stdout.splitlines()
+    x = (torch.arange(180_000) * 7919 % 1009 / 100).view(3, -1)
+    expected = guided_step(x, [x], temperature=0.7, top_k=500, top_p=0.9, seed=11, backend="cpu")
+    assert len(lines) == 4 and set(lines) == {repr([field.flatten().tolist() for field in expected])}
