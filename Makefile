@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint models
+.PHONY: demo test test-slow lint models bench
 
 demo: $(VENV)/ready
 	$(BIN)/python -m bench.demo
@@ -19,11 +19,18 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(shell git ls-files '*.cpp' '*.h' '*.inc')
+
+# Minutes of both cores: on a machine that does nothing else. The raw file has every round's statistics.
+bench: $(VENV)/ready
+	mkdir -p .benchmarks
+	$(BIN)/python -m pytest bench/test_guided_step.py -q --benchmark-quiet --benchmark-json=.benchmarks/guided_step.json
+	$(BIN)/python -m bench.report .benchmarks/guided_step.json
 
 models: $(VENV)/ready
 	$(BIN)/python -m genarm.bundled
 
-$(VENV)/ready: pyproject.toml setup.py
+$(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/cpu/* csrc/common/* csrc/include/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'

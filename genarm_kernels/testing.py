@@ -149,5 +149,7 @@ def random_case(seed: int, exact: bool = False, device: str | torch.device | Non
         shape = (rows, vocab // 32 + draw.choice((1, 4)))
         words = torch.randint(-(2**31), 2**31, shape, generator=generator, device="cpu")
         words[torch.rand(rows, generator=generator, device="cpu") < 0.25] = 0  # nothing allowed
+        if draw.random() < 0.5:  # a few tokens allowed, as grammars do
+            words[torch.rand(shape, generator=generator, device="cpu") > 2 / shape[1]] = 0
         case["token_mask"] = words.to(device, torch.int32)
     return case

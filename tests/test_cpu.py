@@ -277,9 +277,10 @@ def test_denormal_numbers_count_whatever_the_host_flushes() -> None:
     results = []
     for flush in (False, True):
         torch.set_flush_denormal(flush)
-        results.append(guided_step(x, temperature=0, backend="cpu").token.item())
+        results.append(guided_step(x, temperature=0, backend="cpu").token.tolist())
+        results.append(guided_step(x, min_p=torch.tensor([1e-40]), backend="cpu").kept.tolist())
         torch.set_flush_denormal(False)
-    assert results == [1, 1]
+    assert results == [[1], [3], [1], [3]]
 
 
 def test_the_environment_forces_an_instruction_set() -> None:

@@ -741,6 +741,17 @@ def test_equal_tokens_stand_or_fall_together(backend: str, filters: dict, kept: 
         assert x[0, result.token.item()] >= (1.0 if kept == 3 else 0.0)
 
 
+@pytest.mark.parametrize("stride", [1, 16, 300])
+def test_top_k_above_the_number_of_allowed_tokens(backend: str, stride: int) -> None:
+    """Tokens whose places are alike, too: a kernel that bounds the threshold by what it knows of places finds few."""
+    allowed = [stride * i for i in range(4)]
+    for vocab in (1000, 3000):
+        mask = bitmask([allowed], (vocab + 31) // 32)
+        for top_k in range(1, 12):
+            result = guided_step(make_logits("normal", (1, vocab)), top_k=top_k, token_mask=mask, backend=backend)
+            assert result.kept.item() == min(top_k, 4)
+
+
 @pytest.mark.parametrize(
     "filters", [dict(top_k=1), dict(top_k=500), dict(top_p=0.0), dict(top_p=0.5), dict(min_p=1.0)], ids=str
 )
@@ -962,6 +973,17 @@ def test_precision(backend: str, dtype: torch.dtype, kind: str, shift: float) ->
     assert (result.kept >= 7).all()
     for b, kept in enumerate(result.kept.tolist()):  # more than 7 where tokens are equal
         assert (result.log_mass[b] - truths[0][b].topk(kept).values.logsumexp(0)).abs() <= bounds[0][b]
+
+
+@pytest.mark.parametrize("top", [10.0, 20.0, 40.0, 80.0])
+def test_precision_where_the_largest_comes_late(backend: str, top: float) -> None:
+    """A kernel that adds up exponentials relative to what it saw first rounds exponents as large as the gap."""
+    x = torch.zeros(1, 5000)
+    x[0, 0], x[0, 700], x[0, 4000] = 0.1, top / 2, top
+    result = guided_step(x, [x], weights=0.37, temperature=0.9, backend=backend)
+    for field, logits in ((result.logprob, (1 + float(np.float32(0.37))) / 0.9 * x.double()), (result.base_logprob, x)):
+        truth = logits.double().log_softmax(1)[0, result.token]
+        assert (field - truth).abs().item() <= 1e-6 * (1 + truth.abs().item())
 
 
 def test_operand_of_weight_zero_reports_its_log_softmax(backend: str) -> None:

@@ -90,6 +90,9 @@ genarm_result check(const genarm_inputs& in, size_t size, genarm_error* error) {
   if (!in.base_weight.data) return invalid("base_weight.data is NULL");
   if (in.arms > 0 && !in.weights) return invalid("weights is NULL");
   if (!in.temperature.data) return invalid("temperature.data is NULL");
+  if (in.token_mask && in.token_mask_word_stride == 0 && in.vocab_size > 32) {
+    return invalid("token_mask_word_stride: expected 1 where words lie side by side, got 0");
+  }
   if (in.executor.run && in.executor.threads < 1) return invalid("executor.threads: expected at least 1");
   if (!kernels_of(in.isa)) {
     return fail(error, GENARM_UNSUPPORTED, "isa: this machine does not run %s",
@@ -111,7 +114,8 @@ genarm_result check(const genarm_guided_step_args& args, genarm_error* error) {
   if (!args.kept) return missing("kept");
   if (!args.status) return missing("status");
   const int given = !!args.logprob + !!args.log_mass + !!args.base_logprob;
-  if (given != 0 && (given != 3 || (args.in.arms > 0 && !args.arm_logprobs))) {
+  const bool arms_given = args.in.arms > 0 && args.arm_logprobs;
+  if (given == 0 ? arms_given : given != 3 || (args.in.arms > 0 && !arms_given)) {
     return fail(error, GENARM_INVALID_ARGUMENT,
                 "logprob, log_mass, base_logprob and arm_logprobs: expected all of them or none");
   }
@@ -190,11 +194,11 @@ size_t workspace_size(const genarm_inputs& in, const Needs& needs) {
   return arena.used() * static_cast<size_t>(Plan(in).row_tasks) + 64;  // 64: to align the block
 }
 
-// Memory for the call: the caller's when it suffices.
+// Memory for the call: the caller's, or its own.
 class Workspace {
  public:
   Workspace(const genarm_inputs& in, size_t size) : own_(nullptr), block_(in.workspace) {
-    if (size > 0 && (!block_ || in.workspace_size < size)) block_ = own_ = std::malloc(size);
+    if (!block_) block_ = own_ = std::malloc(size);
   }
   ~Workspace() { std::free(own_); }
   Workspace(const Workspace&) = delete;
@@ -288,7 +292,7 @@ void write(const genarm_guided_step_args& args, int64_t b, const Drawn& drawn, c
 template <class Task>
 void run(const genarm_executor& executor, int count, Task& task) {
   const auto call = [](void* data, int index) {
-    DenormalsOn mode;
+    [[maybe_unused]] const DenormalsOn mode;
     (*static_cast<Task*>(data))(index);
   };
   if (count == 1) {
@@ -322,7 +326,7 @@ void for_each_row(const genarm_inputs& in, const Needs& needs, void* block, Each
     for (int64_t b; (b = next.fetch_add(1, std::memory_order_relaxed)) < plan.whole;) each_row(b, row, 1);
   };
   if (plan.whole > 0) run(in.executor, plan.row_tasks, whole_rows);
-  DenormalsOn mode;
+  [[maybe_unused]] const DenormalsOn mode;
   Row row = row_of(0);
   for (int64_t b = plan.whole; b < in.rows; ++b) each_row(b, row, plan.tile_tasks);
 }
@@ -335,6 +339,7 @@ using genarm::fail;
 genarm_result genarm_guided_step_workspace(const genarm_guided_step_args* args, size_t* bytes, genarm_error* error) {
   if (!args || !bytes) return fail(error, GENARM_INVALID_ARGUMENT, "args and bytes: expected pointers, got NULL");
   const genarm_result result = genarm::check(*args, error);
+  [[maybe_unused]] const genarm::DenormalsOn mode;
   if (result == GENARM_OK) *bytes = genarm::workspace_size(args->in, genarm::needs_of(*args));
   return result;
 }
@@ -344,8 +349,13 @@ genarm_result genarm_guided_step(const genarm_guided_step_args* args, genarm_err
   if (!args) return fail(error, GENARM_INVALID_ARGUMENT, "args: expected a pointer, got NULL");
   const genarm_result result = check(*args, error);
   if (result != GENARM_OK || args->in.rows == 0) return result;
+  [[maybe_unused]] const DenormalsOn mode;
   const Needs needs = needs_of(*args);
   const size_t size = workspace_size(args->in, needs);
+  if (args->in.workspace && args->in.workspace_size < size) {
+    return fail(error, GENARM_INVALID_ARGUMENT, "workspace_size: expected at least %zu, got %zu", size,
+                args->in.workspace_size);
+  }
   const Workspace workspace(args->in, size);
   if (!workspace) return fail(error, GENARM_OUT_OF_MEMORY, "no memory for a workspace of %zu bytes", size);
 
@@ -375,6 +385,10 @@ genarm_result genarm_guided_log_softmax(const genarm_guided_log_softmax_args* ar
   const genarm_result result = check(*args, error);
   if (result != GENARM_OK || args->in.rows == 0) return result;
   const size_t size = workspace_size(args->in, {});
+  if (args->in.workspace && args->in.workspace_size < size) {
+    return fail(error, GENARM_INVALID_ARGUMENT, "workspace_size: expected at least %zu, got %zu", size,
+                args->in.workspace_size);
+  }
   const Workspace workspace(args->in, size);
   if (!workspace) return fail(error, GENARM_OUT_OF_MEMORY, "no memory for a workspace of %zu bytes", size);
 

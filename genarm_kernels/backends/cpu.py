@@ -25,6 +25,11 @@ def why_unavailable() -> str | None:
     return None
 
 
+def instruction_set() -> str | None:
+    """The fastest of "avx512", "avx2" and "portable" that this machine runs, or what GENARM_CPU_ISA names."""
+    return _cpu.isa()
+
+
 def guided_step(
     base_logits: Tensor, arm_logits: list[Tensor], vocab_size: int, logprobs: bool, *parameters: Any
 ) -> tuple[Tensor, ...]:

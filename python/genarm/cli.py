@@ -265,7 +265,7 @@ def info() -> None:
 
     import torch
 
-    from genarm_kernels.backends import NAMES, why_unavailable
+    from genarm_kernels.backends import NAMES, cpu, why_unavailable
 
     from . import bundled
 
@@ -275,7 +275,8 @@ def info() -> None:
     lines += [(f"device cuda:{i}", torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())]
     for name in NAMES:
         reason = why_unavailable(name)
-        lines.append((f"backend {name}", f"missing: {reason}" if reason else "available"))
+        available = f"available, {cpu.instruction_set()}" if name == "cpu" and not reason else "available"
+        lines.append((f"backend {name}", f"missing: {reason}" if reason else available))
     lines += [(f"model {name}", _size(bundled.path(name))) for name in bundled.NAMES]
     for name, value in lines:
         typer.echo(f"{name:<18}{value}")
