@@ -26,7 +26,7 @@ from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTo
 from transformers.utils import logging
 
 from genarm import cli, training
-from genarm_kernels.backends import NAMES, why_unavailable
+from genarm_kernels.backends import NAMES, cpu, why_unavailable
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
@@ -492,7 +492,10 @@ def test_info(genarm: Genarm) -> None:
     assert (status, err) == (0, "")
     for name in NAMES:
         reason = why_unavailable(name)
-        assert re.search(rf"^backend {name} +{re.escape(f'missing: {reason}') if reason else 'available'}$", out, re.M)
+        state = (
+            f"missing: {reason}" if reason else f"available, {cpu.instruction_set()}" if name == "cpu" else "available"
+        )
+        assert re.search(rf"^backend {name} +{re.escape(state)}$", out, re.M)
     for name in ("genarm-kernels", "python", "torch", "transformers", "device cpu", "model base", "model polite"):
         assert re.search(rf"^{name} +\S", out, re.M)
 
