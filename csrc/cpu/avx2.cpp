@@ -110,14 +110,15 @@ inline __m256 power_of_two(__m256 rounded) {
   return _mm256_castsi256_ps(_mm256_add_epi32(exponent, _mm256_set1_epi32(127 << 23)));
 }
 inline F exp2_of(F t) {
-  t = min_of(set(128.0f), max_of(set(-127.0f), t));
+  const M vanishing = less(t, set(-126.0f));
+  t = min_of(set(128.0f), max_of(set(-126.0f), t));
   const F rounded = add(t, set(genarm::kRound));
   const F f = sub(t, sub(rounded, set(genarm::kRound)));
   F p = set(genarm::kExp2[6]);
   for (int i = 5; i >= 0; --i) p = fma_of(p, f, set(genarm::kExp2[i]));
-  return mul(p, {power_of_two(rounded.low), power_of_two(rounded.high)});
+  p = mul(p, {power_of_two(rounded.low), power_of_two(rounded.high)});
+  return {_mm256_andnot_ps(vanishing.low, p.low), _mm256_andnot_ps(vanishing.high, p.high)};
 }
-inline F finite_exp2_of(F t) { return exp2_of(t); }
 
 }  // namespace
 

@@ -82,14 +82,14 @@ inline F power_of_two(F rounded) {
   GENARM_LANES(F, genarm::float_of((genarm::bits_of(rounded.lane[i]) << 23) + (127u << 23)));
 }
 inline F exp2_of(F t) {
-  t = min_of(set(128.0f), max_of(set(-127.0f), t));
+  const M vanishing = less(t, set(-126.0f));
+  t = min_of(set(128.0f), max_of(set(-126.0f), t));
   const F rounded = add(t, set(genarm::kRound));
   const F f = sub(t, sub(rounded, set(genarm::kRound)));
   F p = set(genarm::kExp2[6]);
   for (int i = 5; i >= 0; --i) p = fma_of(p, f, set(genarm::kExp2[i]));
-  return mul(p, power_of_two(rounded));
+  return select(vanishing, set(0.0f), mul(p, power_of_two(rounded)));
 }
-inline F finite_exp2_of(F t) { return exp2_of(t); }
 
 }  // namespace
 

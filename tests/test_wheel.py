@@ -1,0 +1,62 @@
+"""The wheel and the sdist, installed where no compiler is, in environments that find torch and nothing else of ours."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+REPOSITORY = Path(__file__).parent.parent
+SCRIPT = """
+import torch, genarm_kernels as g
+base, arm = (torch.randn(2, 5000, generator=torch.Generator().manual_seed(i)) for i in (1, 2))
+print(g.available_backends()[-1], g.guided_step(base, [arm], top_p=0.9, seed=3).token.tolist())
+"""
+
+
+def run(*command, **environment):
+    done = subprocess.run(command, env=os.environ | environment, cwd="/", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--outdir", str(folder), str(REPOSITORY), GENARM_CPU="1")
+    return folder
+
+
+def install(folder, distribution, **environment):
+    """A new environment's folder of commands. torch and setuptools' own needs come from this one."""
+    venv.create(folder, with_pip=True)
+    site = next(folder.glob("lib/python*/site-packages"))
+    (site / "torch.pth").write_text(sysconfig.get_path("purelib"))
+    run(str(folder / "bin/python"), "-m", "pip", "install", "--quiet", "--no-deps", str(distribution), **environment)
+    return folder / "bin"
+
+
+def test_the_wheel_needs_no_compiler(distributions, tmp_path):
+    (wheel,) = distributions.glob("*.whl")
+    commands = install(tmp_path / "venv", wheel, PATH="")
+    backend, tokens = run(str(commands / "python"), "-c", SCRIPT, PATH=str(commands)).split(" ", 1)
+    assert backend == "cpu"
+    assert run(sys.executable, "-c", SCRIPT) == f"cpu {tokens}"
+
+
+def test_the_sdist_without_a_compiler_gives_the_reference_and_says_why(distributions, tmp_path):
+    (sdist,) = distributions.glob("*.tar.gz")
+    commands = install(tmp_path / "venv", sdist, CC="/nowhere/cc", CXX="/nowhere/c++")
+    assert run(str(commands / "python"), "-c", SCRIPT, PATH=str(commands)).startswith("reference ")
+    info = run(str(commands / "genarm"), "info", PATH=str(commands))
+    assert "missing: built without the CPU core" in info and "/nowhere/c++" in info
+
+
+def test_a_build_that_must_have_the_core_fails_without_a_compiler(distributions, tmp_path):
+    (sdist,) = distributions.glob("*.tar.gz")
+    with pytest.raises(AssertionError, match=r"/nowhere/c\+\+"):
+        install(tmp_path / "venv", sdist, CC="/nowhere/cc", CXX="/nowhere/c++", GENARM_CPU="1")
