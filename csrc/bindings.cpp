@@ -65,7 +65,8 @@ struct Executor {
       return;
     }
     static std::mutex mutex;
-    static std::shared_ptr<genarm_thread_pool> shared;
+    // Never destroyed: at the end of a forked child there would be no threads to join.
+    static auto& shared = *new std::shared_ptr<genarm_thread_pool>;
     const std::lock_guard<std::mutex> lock(mutex);
     if (!shared || genarm_thread_pool_executor(shared.get()).threads != threads) {
       genarm_thread_pool* made;

@@ -122,7 +122,8 @@ def token_mask(value: Any, base: Tensor, vocab_size: int) -> Tensor | None:
         )
     if value.device != base.device:
         raise ValueError(f"token_mask: expected it on {base.device} as base_logits, got {_kind(value)}")
-    return value
+    # An expanded mask has one word stride 0, which a kernel that walks over words does not know.
+    return value if value.stride(1) != 0 or words == 1 else value.contiguous()
 
 
 def backend(value: Any) -> str:
@@ -145,13 +146,21 @@ def _logits(name: str, x: Any, index: int | None = None) -> tuple[int, int]:
     """The shape of an operand; `index`: where it stands in the sequence `name`."""
     if isinstance(x, Tensor):
         shape = x.shape
-        if len(shape) == 2 and shape[1] and x.dtype in OPERAND_DTYPES and (shape[1] == 1 or x.stride(1) == 1):
+        if (
+            len(shape) == 2
+            and shape[1]
+            and x.dtype in OPERAND_DTYPES
+            and x.layout is torch.strided
+            and (shape[1] == 1 or x.stride(1) == 1)
+        ):
             return shape
     name = name if index is None else f"{name}[{index}]"
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {_kind(x)}")
     if x.dim() != 2 or x.shape[1] == 0:
         raise ValueError(f"{name}: expected shape [B, V] with V >= 1, got {_kind(x)}")
+    if x.layout is not torch.strided:
+        raise ValueError(f"{name}: expected a dense tensor, got layout {x.layout}; call .to_dense()")
     if x.dtype not in OPERAND_DTYPES:
         raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {_kind(x)}")
     raise ValueError(f"{name}: expected a contiguous last dimension, got strides {x.stride()}; call .contiguous()")

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import genarm_kernels
 from genarm_kernels import GuidedStep, available_backends, guided_log_softmax, guided_step, run_concurrently
@@ -1144,6 +1145,51 @@ def test_a_named_backend_runs_or_raises() -> None:
             guided_step(X, backend=name)
     assert available_backends()[0] == "reference"
     guided_step(X, backend="auto").raise_for_status()
+
+
+# --- Callers of every kind --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_views_that_are_lazy_or_expanded(backend: str) -> None:
+    x, everything = make_logits("normal", (2, 100)), torch.tensor(-1, dtype=torch.int32).expand(2, 4)
+    assert_same(guided_step(x, token_mask=everything, backend=backend), guided_step(x, backend=backend))
+    negated = torch._neg_view(x)  # as the imaginary part of a conjugate is
+    assert_same(guided_step(negated, backend=backend), guided_step(-x, backend=backend))
+    assert_same(guided_step(x, [negated], 2.0, backend=backend), guided_step(x, [-x], 2.0, backend=backend))
+    weight = torch.tensor([1 + 2j, 1 + 1j]).conj().imag.to(x.device)
+    assert_same(
+        guided_step(x, base_weight=weight, backend=backend),
+        guided_step(x, base_weight=torch.tensor([-2.0, -1.0]), backend=backend),
+    )
+    with pytest.raises(ValueError, match=r"base_logits: expected a dense tensor.+to_dense"):
+        guided_step(x.to_sparse_csr(), backend=backend)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_tracers_and_transforms_see_the_operator(backend: str) -> None:
+    x = make_logits("normal", (2, 100))
+    traced = torch.jit.trace(lambda y: guided_step(y, backend=backend).token, (x,), check_trace=False)
+    assert torch.equal(traced(-x), guided_step(-x, backend=backend).token)
+
+    def total(y: Tensor) -> Tensor:
+        return y.sum() + 0 * guided_step(y, backend=backend).kept.sum()
+
+    assert torch.equal(torch.func.grad(total)(x), torch.ones_like(x))
+    graph = make_fx(lambda y: guided_step(y, backend=backend).token)(x)
+    assert "genarm_kernels.guided_step" in graph.code
+
+
+def test_differences_beyond_float32(backend: str) -> None:
+    """Twice the largest float32 apart, and close enough at such a temperature."""
+    x, hot = torch.tensor([[3.4e38, -3.4e38]]).expand(500, 2), dict(temperature=3e38, backend=backend)
+    p = math.exp(-6.8 / 3) / (1 + math.exp(-6.8 / 3))
+    result = guided_step(x, **hot)
+    assert abs(result.token.float().mean().item() - p) < 0.06
+    torch.testing.assert_close(result.logprob.exp(), torch.where(result.token == 1, p, 1 - p).float())
+    torch.testing.assert_close(guided_log_softmax(x[:1], **hot).exp(), torch.tensor([[1 - p, p]]))
+    lowest = torch.tensor([[0.0, torch.finfo(torch.float32).min]])
+    assert guided_step(lowest, min_p=0.1, **hot).kept.item() == 2
 
 
 # --- Operators --------------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ inline F select(M m, F a, F b) {
 // x + 0 leaves the sum as it is: sums of exponentials are never -0.
 inline F add_where(F sum, M m, F x) { return add(sum, {_mm256_and_ps(m.low, x.low), _mm256_and_ps(m.high, x.high)}); }
 
-// Writes 16 numbers, the selected ones first; returns how many those are.
+// Writes the selected numbers; returns how many they are.
 inline int compress(float* out, M m, F x) {
   float lanes[16];
   store(lanes, x);

@@ -37,6 +37,16 @@ class DenormalsOn {
 
  private:
   unsigned saved_;
+#elif defined(__aarch64__) && defined(__GNUC__)
+ public:
+  DenormalsOn() {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(saved_));
+    __asm__ volatile("msr fpcr, %0" : : "r"(saved_ & ~(uint64_t{1} << 24)));
+  }
+  ~DenormalsOn() { __asm__ volatile("msr fpcr, %0" : : "r"(saved_)); }
+
+ private:
+  uint64_t saved_;
 #endif
 };
 
@@ -57,11 +67,12 @@ class Arena {
   size_t used_ = 0;
 };
 
-float value(genarm_floats p, int64_t row) { return p.data[row * p.stride]; }
-int64_t value(genarm_ints p, int64_t row) { return p.data[row * p.stride]; }
+// A parameter that is not given has its neutral value.
+float value(genarm_floats p, int64_t row, float neutral) { return p.data ? p.data[row * p.stride] : neutral; }
+int64_t value(genarm_ints p, int64_t row) { return p.data ? p.data[row * p.stride] : 0; }
 
 float weight(const genarm_inputs& in, int64_t row, int64_t operand) {
-  return operand == 0 ? value(in.base_weight, row)
+  return operand == 0 ? value(in.base_weight, row, 1)
                       : in.weights[row * in.weights_row_stride + (operand - 1) * in.weights_arm_stride];
 }
 
@@ -80,19 +91,14 @@ genarm_result check(const genarm_inputs& in, size_t size, genarm_error* error) {
     return fail(error, GENARM_INVALID_ARGUMENT, "dtype: expected a genarm_dtype, got %d", static_cast<int>(in.dtype));
   }
   if (in.rows < 0) return invalid("rows: expected at least 0");
-  if (in.vocab_size < 1) return invalid("vocab_size: expected at least 1");
+  if (in.vocab_size < 1 || in.vocab_size > INT32_MAX) return invalid("vocab_size: expected 1 to 2^31 - 1");
   if (in.arms < 0 || in.arms >= INT32_MAX) return invalid("arms: expected at least 0, and fewer than 2^31");
   if (in.rows == 0) return GENARM_OK;
   if (!in.logits) return invalid("logits: expected 1 + arms of them, got NULL");
   for (int64_t i = 0; i <= in.arms; ++i) {
     if (!in.logits[i].data) return fail(error, GENARM_INVALID_ARGUMENT, "logits[%lld].data is NULL", (long long)i);
   }
-  if (!in.base_weight.data) return invalid("base_weight.data is NULL");
   if (in.arms > 0 && !in.weights) return invalid("weights is NULL");
-  if (!in.temperature.data) return invalid("temperature.data is NULL");
-  if (in.token_mask && in.token_mask_word_stride == 0 && in.vocab_size > 32) {
-    return invalid("token_mask_word_stride: expected 1 where words lie side by side, got 0");
-  }
   if (in.executor.run && in.executor.threads < 1) return invalid("executor.threads: expected at least 1");
   if (!kernels_of(in.isa)) {
     return fail(error, GENARM_UNSUPPORTED, "isa: this machine does not run %s",
@@ -105,11 +111,6 @@ genarm_result check(const genarm_guided_step_args& args, genarm_error* error) {
   const genarm_result result = check(args.in, sizeof args, error);
   if (result != GENARM_OK || args.in.rows == 0) return result;
   const auto missing = [error](const char* name) { return fail(error, GENARM_INVALID_ARGUMENT, "%s is NULL", name); };
-  if (!args.top_k.data) return missing("top_k.data");
-  if (!args.top_p.data) return missing("top_p.data");
-  if (!args.min_p.data) return missing("min_p.data");
-  if (!args.seed.data) return missing("seed.data");
-  if (!args.position.data) return missing("position.data");
   if (!args.token) return missing("token");
   if (!args.kept) return missing("kept");
   if (!args.status) return missing("status");
@@ -138,7 +139,7 @@ struct Needs {
 
 bool filtered(const genarm_guided_step_args& args, int64_t row) {
   const int64_t top_k = value(args.top_k, row);
-  return (top_k > 0 && top_k < args.in.vocab_size) || value(args.top_p, row) < 1 || value(args.min_p, row) > 0;
+  return (top_k > 0 && top_k < args.in.vocab_size) || value(args.top_p, row, 1) < 1 || value(args.min_p, row, 0) > 0;
 }
 
 Needs needs_of(const genarm_guided_step_args& args) {
@@ -181,7 +182,10 @@ struct Plan {
     tile_tasks = share(tiles);
     row_tasks = share(tiles * in.rows);
     if (row_tasks > in.rows) row_tasks = static_cast<int>(in.rows);
-    whole = tile_tasks == 1 ? in.rows : in.rows - in.rows % tile_tasks;
+    // Rows that are left over are worth sharing out while few: what follows a row's tiles is done by one thread.
+    const int64_t left = in.rows % tile_tasks;
+    whole = left > 1 && 2 * left >= tile_tasks ? in.rows : in.rows - left;
+    if (tile_tasks == 1) whole = in.rows;
     if (whole == 0) row_tasks = 1;
   }
 };
@@ -216,8 +220,8 @@ bool prepare(const genarm_inputs& in, const RowKernels& kernels, int64_t b, bool
   row->tiles = (in.vocab_size + kTile - 1) / kTile;
   row->dtype = in.dtype;
   row->token_mask = in.token_mask ? in.token_mask + b * in.token_mask_row_stride : nullptr;
-  row->token_mask_stride = in.token_mask_word_stride;
-  const float temperature = value(in.temperature, b);
+  row->token_mask_stride = in.token_mask_word_stride == 0 ? 1 : in.token_mask_word_stride;
+  const float temperature = value(in.temperature, b, 1);
   if (!(temperature >= 0 && temperature < kInfinity)) return false;
   row->greedy = temperature == 0;
   if (row->greedy && !greedy_allowed) return false;
@@ -240,8 +244,8 @@ bool in_unit_interval(float x) { return x >= 0 && x <= 1; }
 
 bool prepare(const genarm_guided_step_args& args, const RowKernels& kernels, int64_t b, Row* row) {
   row->top_k = value(args.top_k, b);
-  row->top_p = value(args.top_p, b);
-  row->min_p = value(args.min_p, b);
+  row->top_p = value(args.top_p, b, 1);
+  row->min_p = value(args.min_p, b, 0);
   row->seed =
       static_cast<uint64_t>(value(args.seed, b)) + static_cast<uint64_t>(b) * static_cast<uint64_t>(args.seed_step);
   row->position = static_cast<uint64_t>(value(args.position, b));

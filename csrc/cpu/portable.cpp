@@ -55,7 +55,7 @@ inline int count(M m) {
 inline F select(M m, F a, F b) { GENARM_LANES(F, m.lane[i] ? a.lane[i] : b.lane[i]); }
 inline F add_where(F sum, M m, F x) { GENARM_LANES(F, sum.lane[i] + (m.lane[i] ? x.lane[i] : 0.0f)); }
 
-// Writes up to 16 numbers, the selected ones first; returns how many those are.
+// Writes the selected numbers; returns how many they are.
 inline int compress(float* out, M m, F x) {
   int moved = 0;
   for (int i = 0; i < kWidth; ++i) {

@@ -95,6 +95,7 @@ genarm_result genarm_thread_pool_create(int threads, genarm_thread_pool** pool, 
 }
 
 genarm_executor genarm_thread_pool_executor(genarm_thread_pool* pool) {
+  if (!pool) return {nullptr, nullptr, 0};
   return {[](void* self, int count, void (*task)(void*, int), void* data) {
             static_cast<genarm_thread_pool*>(self)->run(count, task, data);
           },

@@ -108,7 +108,7 @@ int main(int argc, char** argv) {
   const float base_weight = 1;
   int64_t position = 0;
 
-  genarm_guided_step_args args{};  // zero first: what is not named below is off
+  genarm_guided_step_args args{};  // zero first: what is not named below is off or neutral
   args.in.struct_size = sizeof args;
   args.in.dtype = GENARM_FLOAT32;
   args.in.rows = o.sequences;

@@ -87,13 +87,14 @@ typedef struct {
   int threads;  // how many tasks to split a call into at most
 } genarm_executor;
 
-// What both operations read. Zero the struct first: what is left zero is off, empty or automatic.
+// What both operations read. Zero the struct first: what is left zero is automatic, empty, off, or neutral (a parameter
+// whose data is NULL: weight and temperature 1, no filter, seed and position 0).
 typedef struct {
-  size_t struct_size;  // sizeof the struct that holds this one, so that later versions may append fields
+  size_t struct_size;  // sizeof the struct that holds this one: tells a header of another version
   genarm_dtype dtype;
   genarm_isa isa;
   int64_t rows;                 // B >= 0
-  int64_t vocab_size;           // V >= 1: tokens from here on are never read
+  int64_t vocab_size;           // 1 <= V < 2^31: tokens from here on are never read
   int64_t arms;                 // N >= 0
   const genarm_logits* logits;  // [1 + N]: the base, then the ARMs
   genarm_floats base_weight;
@@ -103,7 +104,7 @@ typedef struct {
   genarm_floats temperature;
   const int32_t* token_mask;  // NULL, or [B, >= ceil(V / 32)]: bit v % 32 of word v / 32 set = allowed
   int64_t token_mask_row_stride;
-  int64_t token_mask_word_stride;  // 1 where the words of a row lie side by side
+  int64_t token_mask_word_stride;  // 0: the words of a row lie side by side
   genarm_executor executor;
   void* workspace;  // NULL: allocated for the call
   size_t workspace_size;
@@ -134,7 +135,8 @@ typedef struct {
 } genarm_guided_log_softmax_args;
 
 // Bytes of workspace that a call with these arguments wants: with filters a float32 row a thread and about 4 % more,
-// without them about 2 % of a row.
+// without them about 2 % of a row. It depends on the numbers behind the filters' pointers: an engine whose requests
+// change them asks with a top_p below 1, the largest batch and the threads it will use, and keeps that.
 GENARM_API genarm_result genarm_guided_step_workspace(const genarm_guided_step_args* args, size_t* bytes,
                                                       genarm_error* error);
 GENARM_API genarm_result genarm_guided_step(const genarm_guided_step_args* args, genarm_error* error);

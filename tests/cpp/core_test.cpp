@@ -1016,15 +1016,8 @@ std::vector<Mistake<Args>> input_mistakes() {
       {"arms", [](Args& a) { a.in.arms = -1; }},
       {"arms", [](Args& a) { a.in.arms = INT32_MAX; }},
       {"logits", [](Args& a) { a.in.logits = nullptr; }},
-      {"base_weight", [](Args& a) { a.in.base_weight.data = nullptr; }},
-      {"token_mask_word_stride",
-       [](Args& a) {
-         static const int32_t word = -1;
-         a.in.token_mask = &word;
-         a.in.token_mask_word_stride = 0;
-       }},
+      {"vocab_size", [](Args& a) { a.in.vocab_size = int64_t{1} << 31; }},
       {"weights", [](Args& a) { a.in.weights = nullptr; }},
-      {"temperature", [](Args& a) { a.in.temperature.data = nullptr; }},
       {"executor.threads", [](Args& a) { a.in.executor = Backwards().executor(0); }},
       {"executor.threads", [](Args& a) { a.in.executor = Backwards().executor(-2); }},
   };
@@ -1045,11 +1038,6 @@ void test_mistakes() {
   const StepArgs good = arguments(c, {}, &out);
   auto mistakes = input_mistakes<StepArgs>();
   const std::vector<Mistake<StepArgs>> of_step{
-      {"top_k", [](StepArgs& a) { a.top_k.data = nullptr; }},
-      {"top_p", [](StepArgs& a) { a.top_p.data = nullptr; }},
-      {"min_p", [](StepArgs& a) { a.min_p.data = nullptr; }},
-      {"seed", [](StepArgs& a) { a.seed.data = nullptr; }},
-      {"position", [](StepArgs& a) { a.position.data = nullptr; }},
       {"token", [](StepArgs& a) { a.token = nullptr; }},
       {"kept", [](StepArgs& a) { a.kept = nullptr; }},
       {"status", [](StepArgs& a) { a.status = nullptr; }},
@@ -1062,6 +1050,22 @@ void test_mistakes() {
   mistakes.insert(mistakes.end(), of_step.begin(), of_step.end());
   check_mistakes<StepArgs>(genarm_guided_step, genarm_guided_step_workspace, good, mistakes);
 
+  context = "parameters that are not given";
+  const float zero = 0, one = 1;
+  const int64_t none = 0;
+  Step given(c), left_out(c);
+  StepArgs with = arguments(c, {}, &given), without = arguments(c, {}, &left_out);
+  with.seed_step = without.seed_step = 0;
+  with.in.base_weight = with.in.temperature = with.top_p = {&one, 0};
+  with.min_p = {&zero, 0};
+  with.top_k = with.seed = with.position = {&none, 0};
+  without.in.base_weight = without.in.temperature = without.top_p = without.min_p = {nullptr, 0};
+  without.top_k = without.seed = without.position = {nullptr, 0};
+  genarm_error error;
+  CHECK(genarm_guided_step(&with, &error) == GENARM_OK, "%s", error.message);
+  CHECK(genarm_guided_step(&without, &error) == GENARM_OK, "%s", error.message);
+  CHECK(given == left_out, "are not neutral");
+
   using WholeArgs = genarm_guided_log_softmax_args;
   Guarded<float> logprobs(static_cast<size_t>(c.rows * c.vocab));
   WholeArgs whole{};
@@ -1073,7 +1077,7 @@ void test_mistakes() {
   check_mistakes<WholeArgs>(genarm_guided_log_softmax, genarm_guided_log_softmax_workspace, whole, of_whole);
 
   context = "mistakes with a pool";
-  genarm_error error{};
+  error = {};
   genarm_thread_pool* pool = nullptr;
   CHECK(genarm_thread_pool_create(1, nullptr, &error) == GENARM_INVALID_ARGUMENT, "no pool");
   CHECK(std::strstr(error.message, "pool"), "%s", error.message);
