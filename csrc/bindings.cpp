@@ -23,7 +23,9 @@ namespace {
 
 // ---- Threads ------------------------------------------------------------------------------------------------------
 
-bool in_forked_child = false;  // the parent's threads are not there
+// Forked since this module was loaded: the parent's threads are not there. A fork before that cannot be known; there
+// calls wait for the threads of torch's OpenMP, as torch's own operations do.
+bool in_forked_child = false;
 
 // The OpenMP runtime that torch has loaded, if there is one: its threads are awake right after a forward pass, and a
 // second pool would compete with them for the cores.
