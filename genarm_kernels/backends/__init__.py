@@ -5,6 +5,8 @@ import importlib
 import importlib.util
 from types import ModuleType
 
+from . import triton
+
 # Fastest last: "auto" takes the last one that can run on the operands' device.
 NAMES = ("reference", "cpu", "triton", "cuda")
 _DEVICES = {"cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
@@ -36,14 +38,11 @@ def load(name: str, device_type: str) -> ModuleType:
     A named backend is never replaced by another: RuntimeError when it cannot run.
     """
     if name == "auto":
-        name = [name for name in available_backends() if _serves(name, device_type)][-1]
+        name = [name for name in available_backends() if device_type in _DEVICES.get(name, (device_type,))][-1]
     reason = why_unavailable(name)
-    if reason is None and not _serves(name, device_type):
+    interpreted = name == "triton" and triton.interpreted()
+    if reason is None and not interpreted and device_type not in _DEVICES.get(name, (device_type,)):
         reason = f"the operands are on {device_type!r}"
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot run: {reason}; available here: {', '.join(available_backends())}")
     return importlib.import_module(f"{__name__}.{name}")
-
-
-def _serves(name: str, device_type: str) -> bool:
-    return device_type in _DEVICES.get(name, (device_type,))

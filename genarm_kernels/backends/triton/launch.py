@@ -1,0 +1,247 @@
+"""From tensors to kernel launches: specialisations, arguments, the workspace. No host synchronisation anywhere."""
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import driver
+
+from ... import rng
+from . import interpreted
+from .common import WEIGHTS, workspace_words
+from .row_pass import row_pass
+from .tile_pass import tile_pass
+from .whole_row import TILES_A_PROGRAM, whole_row_pass
+
+INTERPRETED = interpreted()
+if INTERPRETED:
+    from .interpreter import round_once
+
+    round_once()
+
+DTYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+
+
+class Specialisation(NamedTuple):
+    """What is compiled apart. Everything else is read by the kernels when they run."""
+
+    dtype: torch.dtype
+    operands: int  # 1 + N
+    logprobs: bool
+    filtered: bool
+    aligned: bool  # every row of every operand begins at a multiple of 16 bytes: loads are vectors
+
+
+# Warps of a program: one for a tile, so that no sum crosses a barrier. For every B, V and N: the order of the sums, and
+# so a draw at a boundary, would depend on them otherwise. Not measured yet (bench/results/README.md).
+WARPS = {tile_pass: 1, row_pass: 8, whole_row_pass: 4}
+
+_COMMON: dict[str, Any] = {
+    "numbers": ("fp32", "fp32", "fp32", "i64", "i64", "i64"),
+    "row_ptrs": ("*fp32", "*fp32", "*fp32", "*fp32", "*i64", "*i64", "*i64", "*fp32"),
+    "row_strides": ("i64",) * 9,
+    "given": "i32",
+    "mask_ptr": "*i32",
+    "mask_strides": ("i64", "i64"),
+    "masked": "i32",
+    "vocab": "i32",
+    "workspace_ptr": "*fp32",
+    "workspace_stride": "i64",
+}
+_OUTPUTS: dict[Any, dict[str, Any]] = {
+    tile_pass: {},
+    row_pass: {
+        "token_ptr": "*i64",
+        "logprob_ptr": "*fp32",
+        "log_mass_ptr": "*fp32",
+        "kept_ptr": "*i32",
+        "base_logprob_ptr": "*fp32",
+        "arm_logprobs_ptr": "*fp32",
+        "status_ptr": "*i32",
+        "logprobs": "i32",
+    },
+    whole_row_pass: {"logp_ptr": "*fp32", "width": "i32"},
+}
+
+
+def _constants(kernel: Any, spec: Specialisation) -> dict[str, Any]:
+    values = {
+        "OPERANDS": spec.operands,
+        "LOGPROBS": spec.logprobs,
+        "FILTERED": spec.filtered,
+        "ALIGNED": spec.aligned,
+    }
+    return {name: values[name] for name in kernel.arg_names if name in values}
+
+
+def compile_kernel(kernel: Any, spec: Specialisation, target: GPUTarget | None = None) -> Any:
+    """The compiled kernel, from Triton's cache on disk if it is there; `target` None: the current GPU."""
+    types = {
+        "x_ptrs": (DTYPES[spec.dtype],) * spec.operands,
+        "x_strides": ("i64",) * spec.operands,
+        "weights": ("fp32",) * spec.operands,
+        **_COMMON,
+        **_OUTPUTS[kernel],
+    }
+    constants = _constants(kernel, spec)
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): v for name, v in constants.items()}, {})
+    return triton.compile(source, target, {"num_warps": WARPS[kernel]})
+
+
+@functools.cache
+def _launcher(kernel: Any, spec: Specialisation, device: int) -> Callable[..., None]:
+    """Takes the number of programs, the stream and the arguments but the constants."""
+    compiled = compile_kernel(kernel, spec)
+    run = compiled.run  # loads the binary
+    function, metadata, constants = compiled.function, compiled.packed_metadata, _constants(kernel, spec).values()
+
+    # As Triton's own launch path ends, without what precedes it there (types, cache key, hooks): 4 us in place of 15.
+    def launch(programs: int, stream: int, args: tuple[Any, ...]) -> None:
+        run(programs, 1, 1, stream, function, metadata, None, None, None, *args, *constants)
+
+    return launch
+
+
+# Kernels take addresses: Triton's launcher would look up every tensor's with the driver. The interpreter wants tensors.
+_address = (lambda tensor: tensor) if INTERPRETED else Tensor.data_ptr
+
+
+def guided_step(
+    outputs: tuple[Tensor, ...],
+    base: Tensor,
+    arms: Sequence[Tensor],
+    vocab: int,
+    logprobs: bool,
+    filtered: bool,
+    *parameters: Any,
+) -> None:
+    """Two launches; `outputs` in the order of the operator's."""
+    rows, tiles = base.shape[0], -(-vocab // rng.TILE)
+    with _on(base) as stream:
+        spec, args = _arguments(stream, base, arms, vocab, logprobs, filtered, *parameters)
+        _launch(tile_pass, spec, stream, rows * tiles, args)
+        _launch(row_pass, spec, stream, rows, (*args, *map(_address, outputs), int(logprobs)))
+
+
+def guided_log_softmax(logp: Tensor, base: Tensor, arms: Sequence[Tensor], vocab: int, *parameters: Any) -> None:
+    """Two launches."""
+    (rows, width), tiles = base.shape, -(-vocab // rng.TILE)
+    parts = -(-width // (rng.TILE * TILES_A_PROGRAM.value))
+    with _on(base) as stream:
+        spec, args = _arguments(stream, base, arms, vocab, False, False, *parameters)
+        _launch(tile_pass, spec, stream, rows * tiles, args)
+        _launch(whole_row_pass, spec, stream, rows * parts, (*args, _address(logp), width))
+
+
+class Stream(NamedTuple):
+    device: int
+    handle: int
+
+
+class _on:  # noqa: N801 - read as a preposition; a generator would cost a call half as much again
+    """The tensor's device as the current one, and its current stream, for one caller at a time: what a thread launches
+    on a stream's workspace must stay together.
+    """
+
+    _lock = threading.Lock()
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._index = tensor.get_device()
+        self._device = torch.cuda.device(self._index)  # nothing at -1, the CPU
+
+    def __enter__(self) -> Stream:
+        self._device.__enter__()
+        self._lock.acquire()
+        return Stream(self._index, 0 if INTERPRETED else driver.active.get_current_stream(self._index))
+
+    def __exit__(self, *exception: Any) -> None:
+        self._lock.release()
+        self._device.__exit__(*exception)
+
+
+def _launch(kernel: Any, spec: Specialisation, stream: Stream, programs: int, args: tuple[Any, ...]) -> None:
+    if INTERPRETED:
+        kernel[(programs,)](*args, **_constants(kernel, spec))
+        return
+    _launcher(kernel, spec, stream.device)(programs, stream.handle, args)
+
+
+def _arguments(
+    stream: Stream,
+    base: Tensor,
+    arms: Sequence[Tensor],
+    vocab: int,
+    logprobs: bool,
+    filtered: bool,
+    weights: tuple[float, ...],
+    numbers: tuple[float, float, float, int, int, int],
+    token_mask: Tensor | None,
+    row_tensors: tuple[Tensor | None, ...],
+    weights_rows: Tensor | None,
+) -> tuple[Specialisation, tuple[Any, ...]]:
+    """What is compiled, and what every kernel takes. `weights`: the base's first. `numbers` and `row_tensors` stand in
+    the order of the bits of `given` (common.py).
+    """
+    operands = (base, *arms)
+    rows, size = base.shape[0], base.element_size()
+    strides = tuple([x.stride(0) for x in operands])
+    misaligned = 0
+    for x, stride in zip(operands, strides, strict=True):
+        misaligned |= x.data_ptr() | (stride * size if rows > 1 else 0)
+    spec = Specialisation(base.dtype, len(operands), logprobs, filtered, misaligned % 16 == 0)
+    words = workspace_words(-(-vocab // rng.TILE), len(operands), filtered)
+    workspace, unused_ints = map(_address, _workspace(stream, base, words * rows))
+
+    # A parameter that is not `given` is not read; its address only has the right type.
+    given = 0
+    pointers, row_strides = [workspace] * 4 + [unused_ints] * 3 + [workspace], [0] * 9
+    for i, tensor in enumerate(row_tensors):
+        if tensor is not None:
+            given |= 1 << i
+            pointers[i], row_strides[i] = _address(tensor), tensor.stride(0)
+    if weights_rows is not None:
+        given |= 1 << WEIGHTS.value
+        pointers[7], row_strides[7:] = _address(weights_rows), weights_rows.stride()
+    return spec, (
+        tuple(map(_address, operands)),
+        strides,
+        weights,
+        numbers,
+        tuple(pointers),
+        tuple(row_strides),
+        given,
+        unused_ints if token_mask is None else _address(token_mask),
+        (0, 0) if token_mask is None else token_mask.stride(),
+        0 if token_mask is None else vocab,
+        vocab,
+        workspace,
+        words,
+    )
+
+
+_workspaces: dict[Stream, tuple[Tensor, Tensor]] = {}
+
+
+def _workspace(stream: Stream, like: Tensor, words: int) -> tuple[Tensor, Tensor]:
+    """At least `words` float32, also as int64: one workspace for each device and stream, which only ever grows.
+
+    A capturing stream gets its own from the graph's pool: it lives as long as the graph, whatever is called later.
+    """
+    if like.is_cuda and torch.cuda.is_current_stream_capturing():
+        return _allocate(like, words)
+    workspace = _workspaces.get(stream)
+    if workspace is None or workspace[0].numel() < words:
+        workspace = _workspaces[stream] = _allocate(like, words)
+    return workspace
+
+
+def _allocate(like: Tensor, words: int) -> tuple[Tensor, Tensor]:
+    ints = like.new_empty((words + 1) // 2, dtype=torch.int64)
+    return ints.view(torch.float32), ints

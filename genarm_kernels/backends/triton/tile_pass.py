@@ -1,0 +1,212 @@
+"""Pass 1: all the bytes."""
+
+import triton
+import triton.language as tl
+
+from .common import (
+    GROUP,
+    GROUP_SUM,
+    GROUP_TOP,
+    GROUPS,
+    INF,
+    LOG2E,
+    TEMPERATURE,
+    TILE,
+    TILE_ALLOWED,
+    TILE_OPERANDS,
+    TILE_SUM,
+    TILE_TOP,
+    as_ints,
+    combine,
+    finite_or_zero,
+    groups_of,
+    in_mask,
+    load,
+    parameter,
+    power,
+    reference_of,
+    relative,
+    rows_of,
+    scale_of,
+    weights_of,
+)
+
+
+@triton.jit
+def _store(workspace, tiles, tile, top, total, allowed):
+    tl.store(workspace + TILE_TOP * tiles + tile, top)
+    tl.store(workspace + TILE_SUM * tiles + tile, total)
+    tl.store(as_ints(workspace) + TILE_ALLOWED * tiles + tile, allowed)
+
+
+@triton.jit
+def _store_operand(workspace, tiles, tile, i, top, total):
+    tl.store(workspace + (TILE_OPERANDS + 2 * i) * tiles + tile, top)
+    tl.store(workspace + (TILE_OPERANDS + 2 * i + 1) * tiles + tile, total)
+
+
+@triton.jit
+def _store_groups(workspace, tiles, tile, tops, sums, OPERANDS: tl.constexpr):
+    group = tile * GROUPS + tl.arange(0, GROUPS)
+    tl.store(groups_of(workspace, tiles, OPERANDS, GROUP_TOP) + group, tops)
+    tl.store(groups_of(workspace, tiles, OPERANDS, GROUP_SUM) + group, sums)
+
+
+@triton.jit
+def _token_by_token(
+    x_rows,
+    row_weights,
+    mask_row,
+    mask_stride,
+    masked,
+    tile,
+    vocab,
+    scale,
+    workspace,
+    tiles,
+    OPERANDS: tl.constexpr,
+    LOGPROBS: tl.constexpr,
+    FILTERED: tl.constexpr,
+):
+    """A tile's summaries, whatever its logits and its mask: group by group, once for the tops and once for the sums.
+
+    A loop, not a block: unrolled beside the usual path it took 229 registers a thread in place of 128.
+    """
+    lane = tl.arange(0, GROUPS)
+    groups = tl.minimum(tl.cdiv(vocab - tile * TILE, GROUP), GROUPS)
+    tops = tl.full([GROUPS], -INF, tl.float32)
+    sums = tl.zeros([GROUPS], tl.float32)
+    allowed = tl.full([], 0, tl.int32)
+    spoilt = tl.full([], 0, tl.int32)
+    top = tl.full([], 0, tl.float32)
+    for step in range(2 * groups):
+        v = tile * TILE + (step % groups) * GROUP + tl.arange(0, GROUP)
+        inside = v < vocab
+        may = inside & in_mask(mask_row, mask_stride, masked, v, v)
+        z, spoils = combine(load(x_rows, v, inside, OPERANDS), row_weights, may, OPERANDS)
+        if step < groups:
+            tops = tl.where(lane == step, tl.max(z), tops)
+            top = finite_or_zero(tl.max(tops))
+            allowed += tl.sum((z > -INF).to(tl.int32))
+            spoilt = tl.maximum(spoilt, tl.max(spoils.to(tl.int32)))
+        else:
+            sums = tl.where(lane == step - groups, tl.sum(power(z, top, scale)), sums)
+    _store(workspace, tiles, tile, tl.max(tops), tl.sum(sums), tl.where(spoilt > 0, -1, allowed))
+    if FILTERED:
+        _store_groups(workspace, tiles, tile, tops, sums, OPERANDS)
+    if LOGPROBS:
+        log2e = tl.full([], LOG2E, tl.float32)
+        for i in tl.static_range(OPERANDS):
+            own_top = tl.full([], -INF, tl.float32)
+            own_sum = tl.full([], 0, tl.float32)
+            for step in range(2 * groups):
+                v = tile * TILE + (step % groups) * GROUP + tl.arange(0, GROUP)
+                x = tl.load(x_rows[i] + v, mask=v < vocab, other=-INF).to(tl.float32)
+                if step < groups:
+                    own_top = tl.maximum(own_top, tl.max(x))
+                else:
+                    own_sum += tl.sum(power(x, finite_or_zero(own_top), log2e))
+            _store_operand(workspace, tiles, tile, i, own_top, own_sum)
+
+
+@triton.jit
+def tile_pass(
+    x_ptrs,
+    x_strides,
+    weights,
+    numbers,
+    row_ptrs,
+    row_strides,
+    given,
+    mask_ptr,
+    mask_strides,
+    masked,
+    vocab,
+    workspace_ptr,
+    workspace_stride,
+    OPERANDS: tl.constexpr,
+    LOGPROBS: tl.constexpr,
+    FILTERED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """A tile's largest z, its sum of exponentials, its allowed tokens; with log-probabilities each operand's own
+    largest and sum, with filters each group's.
+
+    Grid (B T,): a program reads its tile once, (1 + N) TILE elements, and writes some words. One warp a program: every
+    sum stays within it, without a barrier; a row takes the whole GPU at B = 1. 2 + N exponentials a token.
+    """
+    tiles = tl.cdiv(vocab, TILE)
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    x_rows = rows_of(x_ptrs, x_strides, row, OPERANDS, ALIGNED)
+    mask_row = mask_ptr + row * mask_strides[0]
+    row_weights = weights_of(row, weights, row_ptrs, row_strides, given, OPERANDS)
+    scale = scale_of(parameter(row, numbers[0], row_ptrs, row_strides, given, TEMPERATURE))
+    workspace = workspace_ptr + row * workspace_stride
+    # [GROUPS, 16, 8]: 8 tokens are one 16-byte load of 16-bit logits, and one byte of the mask.
+    v8 = tile * TILE + tl.arange(0, GROUPS)[:, None, None] * GROUP + tl.arange(0, GROUP // 8)[None, :, None] * 8
+    v = v8 + tl.arange(0, 8)[None, None, :]
+
+    usual = (tile + 1) * TILE <= vocab  # bounds would keep loads from being vectors
+    if usual:
+        # 1. One read, and z. One that is not finite, or an operand that is not, makes the sum of z * 0 NaN.
+        logits = load(x_rows, v, None, OPERANDS)
+        z = tl.zeros([GROUPS, GROUP // 8, 8], tl.float32)
+        for i in tl.static_range(OPERANDS):
+            z = tl.fma(logits[i].to(tl.float32), row_weights[i], z)
+        usual = tl.sum(z * 0.0) == 0
+        if masked > 0:
+            may = in_mask(mask_row, mask_strides[1], masked, v, v8)
+            usual = usual & (tl.min(may.to(tl.int32)) > 0)
+
+        # 2. The summaries.
+        if usual:
+            if FILTERED:
+                tops = tl.max(tl.max(z, 2), 1)
+                top = tl.max(tops)
+                sums = tl.sum(tl.sum(power(z, top, scale), 2), 1)
+                total = tl.sum(sums)
+                _store_groups(workspace, tiles, tile, tops, sums, OPERANDS)
+            else:
+                top = tl.max(z)
+                total = tl.sum(power(z, top, scale))
+            _store(workspace, tiles, tile, top, total, TILE)
+            if LOGPROBS:
+                log2e = tl.full([], LOG2E, tl.float32)
+                for i in tl.static_range(OPERANDS):
+                    x = logits[i].to(tl.float32)
+                    own_top = tl.max(x)
+                    _store_operand(workspace, tiles, tile, i, own_top, tl.sum(power(x, finite_or_zero(own_top), log2e)))
+    if usual == 0:
+        _token_by_token(
+            x_rows,
+            row_weights,
+            mask_row,
+            mask_strides[1],
+            masked,
+            tile,
+            vocab,
+            scale,
+            workspace,
+            tiles,
+            OPERANDS,
+            LOGPROBS,
+            FILTERED,
+        )
+
+
+@triton.jit
+def merge(tops_ptr, sums_ptr, tiles, scale, BLOCK: tl.constexpr):
+    """A row's tops and sums as one: its largest, its sum in float64, and what that is relative to."""
+    top = -INF
+    for begin in range(0, tiles, BLOCK):
+        tile = begin + tl.arange(0, BLOCK)
+        top = tl.maximum(top, tl.max(tl.load(tops_ptr + tile, mask=tile < tiles, other=-INF)))
+    reference = reference_of(finite_or_zero(top), scale)
+    total = tl.zeros([BLOCK], tl.float64)
+    for begin in range(0, tiles, BLOCK):
+        tile = begin + tl.arange(0, BLOCK)
+        tops = finite_or_zero(tl.load(tops_ptr + tile, mask=tile < tiles, other=0.0))
+        sums = tl.load(sums_ptr + tile, mask=tile < tiles, other=0.0).to(tl.float64)
+        total += relative(sums, reference_of(tops, scale) - reference)
+    return top, tl.sum(total), reference
