@@ -6,6 +6,7 @@ The oracle below is written from the contract's words in float64 NumPy and plain
 """
 
 import math
+import os
 import re
 import subprocess
 import sys
@@ -29,6 +30,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DRAWN, BAD_ROW, NO_ALLOWED_TOKEN = 0, 1, 2
 TILE = 1024
 large = pytest.mark.large
+
+
+def interpreted(backend: str) -> bool:
+    """Whether the backend runs in Triton's interpreter, a hundredth as fast as anything else."""
+    return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+
 
 # --- The oracle -------------------------------------------------------------------------------------------------------
 
@@ -188,7 +195,7 @@ def bound(logp: np.ndarray) -> float:
 # --- Everything at once -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block", range(6))
+@pytest.mark.parametrize("block", [0, 1, 2, *(pytest.param(n, marks=large) for n in (3, 4, 5))])
 def test_random_cases(backend: str, block: int) -> None:
     """Rules 1-7 and every kind of argument: token by token what the contract says."""
     statuses, doubtful, rows = set(), 0, 0
@@ -471,7 +478,7 @@ def bitmask(rows: list[list[int]], words: int) -> Tensor:
     return torch.tensor([[n - (n >> 31 << 32) for n in row] for row in numbers], dtype=torch.int32)
 
 
-@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 64, 100])
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, *(pytest.param(n, marks=large) for n in (64, 100))])
 def test_token_mask_allows_exactly_its_bits(backend: str, vocab: int) -> None:
     """One allowed token a row, all others better; bits past the vocabulary and words past the last one mean nothing."""
     logits = -torch.arange(float(vocab)).abs().expand(vocab, -1)
@@ -1182,10 +1189,11 @@ def test_tracers_and_transforms_see_the_operator(backend: str) -> None:
 
 def test_differences_beyond_float32(backend: str) -> None:
     """Twice the largest float32 apart, and close enough at such a temperature."""
-    x, hot = torch.tensor([[3.4e38, -3.4e38]]).expand(500, 2), dict(temperature=3e38, backend=backend)
+    rows = 100 if interpreted(backend) else 500
+    x, hot = torch.tensor([[3.4e38, -3.4e38]]).expand(rows, 2), dict(temperature=3e38, backend=backend)
     p = math.exp(-6.8 / 3) / (1 + math.exp(-6.8 / 3))
     result = guided_step(x, **hot)
-    assert abs(result.token.float().mean().item() - p) < 0.06
+    assert abs(result.token.float().mean().item() - p) < 1.4 / rows**0.5  # 4 deviations
     torch.testing.assert_close(result.logprob.exp(), torch.where(result.token == 1, p, 1 - p).float())
     torch.testing.assert_close(guided_log_softmax(x[:1], **hot).exp(), torch.tensor([[1 - p, p]]))
     lowest = torch.tensor([[0.0, torch.finfo(torch.float32).min]])

@@ -117,10 +117,10 @@ def in_mask(mask_row, mask_stride, masked, v, first):
 
 
 @triton.jit
-def load(x_rows, v, inside, OPERANDS: tl.constexpr):
-    """The operands' logits of the tokens `v`, -inf outside; `inside` None: all of them are."""
+def load(x_rows, v, inside, FIRST: tl.constexpr, END: tl.constexpr):
+    """Some operands' logits of the tokens `v`, -inf outside; `inside` None: all of them are."""
     logits = ()
-    for i in tl.static_range(OPERANDS):
+    for i in tl.static_range(FIRST, END):
         if inside is None:
             logits = logits + (tl.load(x_rows[i] + v),)
         else:

@@ -38,9 +38,14 @@ class Specialisation(NamedTuple):
     aligned: bool  # every row of every operand begins at a multiple of 16 bytes: loads are vectors
 
 
-# Warps of a program: one for a tile, so that no sum crosses a barrier. For every B, V and N: the order of the sums, and
-# so a draw at a boundary, would depend on them otherwise. Not measured yet (bench/results/README.md).
-WARPS = {tile_pass: 1, row_pass: 8, whole_row_pass: 4}
+# How a program is compiled, for every B, V and N: the order of the sums, and so a draw at a boundary, would depend on
+# them otherwise. One warp for a tile, so that no sum crosses a barrier. A bound on registers that is above what is
+# needed keeps ptxas from spilling for more programs on an SM. Not measured on a GPU yet (bench/results/README.md).
+OPTIONS: dict[Any, dict[str, int]] = {
+    tile_pass: {"num_warps": 1},
+    row_pass: {"num_warps": 8, "maxnreg": 255},
+    whole_row_pass: {"num_warps": 4, "maxnreg": 128},
+}
 
 _COMMON: dict[str, Any] = {
     "numbers": ("fp32", "fp32", "fp32", "i64", "i64", "i64"),
@@ -92,7 +97,7 @@ def compile_kernel(kernel: Any, spec: Specialisation, target: GPUTarget | None =
     constants = _constants(kernel, spec)
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): v for name, v in constants.items()}, {})
-    return triton.compile(source, target, {"num_warps": WARPS[kernel]})
+    return triton.compile(source, target, OPTIONS[kernel])
 
 
 @functools.cache

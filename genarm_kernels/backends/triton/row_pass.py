@@ -50,8 +50,7 @@ from .tile_pass import merge
 
 TILES = tl.constexpr(256)  # tiles at a time: V up to 262,144 is one round
 LISTED = tl.constexpr(1024)  # groups at a time where their summaries are read
-READ = tl.constexpr(32)  # groups at a time where their logits are read, [READ / 2, 2, GROUP]
-SEARCHED = tl.constexpr(16)  # and where they are searched: that holds more in registers
+REACH = tl.constexpr(32)  # candidates at a time that all others are compared with
 BOUNDS = tl.constexpr(16)  # thresholds at a time over the groups' summaries
 STEPS = tl.constexpr(8)  # and over tokens
 FEW = tl.constexpr(256)  # candidates that are compared each with each
@@ -136,7 +135,7 @@ def _z_of(source, v, inside, OPERANDS: tl.constexpr):
     x_rows, row_weights, mask_row, mask_stride, masked, vocab = source
     inside = inside & (v < vocab)
     may = inside & in_mask(mask_row, mask_stride, masked, v, v)
-    z, _ = combine(load(x_rows, v, inside, OPERANDS), row_weights, may, OPERANDS)
+    z, _ = combine(load(x_rows, v, inside, 0, OPERANDS), row_weights, may, OPERANDS)
     return z
 
 
@@ -151,7 +150,7 @@ def _read_groups(workspace, tiles, begin, listed, source, OPERANDS: tl.constexpr
 
 
 @triton.jit
-def _collect(workspace, tiles, low, high, source, OPERANDS: tl.constexpr):
+def _collect(workspace, tiles, low, high, source, OPERANDS: tl.constexpr, READ: tl.constexpr):
     """Moves the z in [low, high] and their tokens to the buffer. Returns how many they are, or some number that the
     buffer does not hold, and how many groups are listed.
     """
@@ -190,8 +189,8 @@ def _few(workspace, tiles, count, top, scale, mass, top_k, top_p, min_z, seed, p
     p = power(z, top, scale)
     number = tl.zeros([FEW], tl.int32)
     weight = tl.zeros([FEW], tl.float64)
-    for begin in range(0, count, READ):
-        other = begin + tl.arange(0, READ)
+    for begin in range(0, count, REACH):
+        other = begin + tl.arange(0, REACH)
         other_z = tl.load(z_ptr + other, mask=other < count, other=-INF)
         above = other_z[:, None] > z[None, :]
         number += tl.sum(above.to(tl.int32), 0)
@@ -204,8 +203,8 @@ def _few(workspace, tiles, count, top, scale, mass, top_k, top_p, min_z, seed, p
     threshold = tl.min(tl.where(keep, z, INF))
 
     weight = tl.zeros([FEW], tl.float64)
-    for begin in range(0, count, READ):
-        other = begin + tl.arange(0, READ)
+    for begin in range(0, count, REACH):
+        other = begin + tl.arange(0, REACH)
         other_z = tl.load(z_ptr + other, mask=other < count, other=-INF)
         other_tile = tl.load(token_ptr + other, mask=other < count, other=-1) // TILE
         with_it = (other_z >= threshold)[:, None] & (other_tile[:, None] == tile[None, :])
@@ -219,13 +218,16 @@ def _few(workspace, tiles, count, top, scale, mass, top_k, top_p, min_z, seed, p
 
 
 @triton.jit
-def _search(workspace, tiles, low, top, target, by_mass, scale, count, source, OPERANDS: tl.constexpr):
+def _search(
+    workspace, tiles, low, top, target, by_mass, scale, count, source, OPERANDS: tl.constexpr, READ: tl.constexpr
+):
     """The largest z for which the z's from there on weigh `target` (p if by_mass, otherwise 1 each); `low` if none.
 
     Each round weighs what lies above STEPS thresholds, alternately even in z and in ordered keys, which bounds the
     rounds, and goes on between the two that the target lies between. `count` candidates from `low` on are in the
     buffer; where those are more than it holds the logits are read again, round by round, until what lies between fits.
     """
+    SEARCHED: tl.constexpr = READ // 2  # more is held in registers here
     z_ptr = candidates_of(workspace, tiles, OPERANDS)
     buffered = count <= CANDIDATES
     listed = tl.full([], 0, tl.int32)
@@ -238,7 +240,7 @@ def _search(workspace, tiles, low, top, target, by_mass, scale, count, source, O
         low = from_ordered_key(low_key)
         high = from_ordered_key(high_key)
         if buffered == 0:
-            count, listed = _collect(workspace, tiles, low, high, source, OPERANDS)
+            count, listed = _collect(workspace, tiles, low, high, source, OPERANDS, READ)
             buffered = count <= CANDIDATES
         even_in_z = low.to(tl.float64) + (high.to(tl.float64) - low.to(tl.float64)) * (step.to(tl.float64) / STEPS)
         span = high_key.to(tl.int64) - low_key.to(tl.int64)
@@ -281,7 +283,7 @@ def _search(workspace, tiles, low, top, target, by_mass, scale, count, source, O
 
 
 @triton.jit
-def _weigh_kept(workspace, tiles, threshold, top, scale, source, OPERANDS: tl.constexpr):
+def _weigh_kept(workspace, tiles, threshold, top, scale, source, OPERANDS: tl.constexpr, READ: tl.constexpr):
     """Mass of the z >= threshold, group by group into the workspace; returns how many they are and their mass."""
     groups = tiles * GROUPS
     weights_ptr = groups_of(workspace, tiles, OPERANDS, GROUP_WEIGHT)
@@ -302,6 +304,83 @@ def _weigh_kept(workspace, tiles, threshold, top, scale, source, OPERANDS: tl.co
         mass += weight.to(tl.float64)
     tl.debug_barrier()
     return kept, tl.sum(tl.sum(mass, 1), 0)
+
+
+# ---- The filters ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _round_up(x):
+    """The smallest float32 from the float64 x on; the lowest finite one where x is below all."""
+    y = tl.maximum(x, -MAX_FLOAT).to(tl.float32)
+    return tl.where(y.to(tl.float64) < x, from_ordered_key(ordered_key(y) + 1), y)
+
+
+@triton.jit
+def _filter(
+    workspace,
+    tiles,
+    source,
+    vocab,
+    top,
+    mass,
+    scale,
+    reference,
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+    seed,
+    position,
+    OPERANDS: tl.constexpr,
+):
+    """The threshold from which on tokens are kept, how many they are and their mass; and the tile that wins the race,
+    or -1: it is to be run on the groups' weights.
+    """
+    READ: tl.constexpr = 32 if OPERANDS < 4 else 16  # groups at a time where logits are read; more would spill
+    share = top_p.to(tl.float64)
+    top64 = top.to(tl.float64)
+    spread = temperature.to(tl.float64)  # of z for a factor e in p
+    lowest = tl.full([], -MAX_FLOAT, tl.float32)
+
+    # 1. Below this no token is kept.
+    low = lowest
+    min_z = lowest
+    if min_p > 0:
+        min_z = tl.minimum(_round_up(top64 + spread * tl.log(min_p.to(tl.float64))), top)
+    if top_k > 0:
+        if top_k <= tiles * GROUPS:
+            low = _bound(workspace, tiles, low, top, top_k.to(tl.float32), scale, reference, False, OPERANDS)
+    elif top_p < 1:
+        # Tokens of less than (1 - top_p) / V each are lighter together than what top-p drops.
+        dropped = 0.99 * (1.0 - share) * mass
+        low = tl.minimum(_round_up(top64 + spread * tl.log(dropped / vocab)), top)
+        low = _bound(workspace, tiles, low, top, dropped.to(tl.float32), scale, reference, True, OPERANDS)
+    if (top_k <= 0) | (top_p >= 1):
+        low = tl.maximum(low, min_z)
+
+    # 2. What is above it.
+    count, _ = _collect(workspace, tiles, low, top, source, OPERANDS, READ)
+    if count <= FEW:
+        threshold, kept, kept_mass, winner = _few(
+            workspace, tiles, count, top, scale, mass, top_k, share, min_z, seed, position, OPERANDS
+        )
+    else:
+        threshold = low
+        if top_k > 0:
+            target = top_k.to(tl.float64)
+            threshold = _search(workspace, tiles, threshold, top, target, False, scale, count, source, OPERANDS, READ)
+            if top_p < 1:
+                _, mass = _weigh_kept(workspace, tiles, threshold, top, scale, source, OPERANDS, READ)
+                count = CANDIDATES + 1  # that search may have used the buffer
+        if top_p < 1:
+            threshold = _search(
+                workspace, tiles, threshold, top, share * mass, True, scale, count, source, OPERANDS, READ
+            )
+        threshold = tl.maximum(tl.where(top_p == 0, top, threshold), min_z)
+        kept, kept_mass = _weigh_kept(workspace, tiles, threshold, top, scale, source, OPERANDS, READ)
+        winner = tl.full([], -1, tl.int32)
+    return threshold, kept, kept_mass, winner
 
 
 # ---- The row -------------------------------------------------------------------------------------------------------
@@ -341,13 +420,6 @@ def _first_tile_of(workspace, tiles, top):
         tops = tl.load(workspace + TILE_TOP * tiles + tile, mask=tile < tiles, other=-INF)
         winner = tl.minimum(winner, tl.min(tl.where(tops == top, tile, 0x7FFFFFFF)))
     return winner
-
-
-@triton.jit
-def _round_up(x):
-    """The smallest float32 from the float64 x on; the lowest finite one where x is below all."""
-    y = tl.maximum(x, -MAX_FLOAT).to(tl.float32)
-    return tl.where(y.to(tl.float64) < x, from_ordered_key(ordered_key(y) + 1), y)
 
 
 @triton.jit
@@ -435,55 +507,25 @@ def row_pass(
         by_groups = tl.full([], False, tl.int1)
         if FILTERED:
             top_k = tl.where(top_k < vocab, top_k, 0)
-            if (top_k > 0) | (top_p < 1) | (min_p > 0):
-                by_groups = tl.full([], True, tl.int1)
-                share = top_p.to(tl.float64)
-                low = tl.full([], -MAX_FLOAT, tl.float32)
-                min_z = low
-                if min_p > 0:
-                    spread = temperature.to(tl.float64) * tl.log(min_p.to(tl.float64))
-                    min_z = tl.minimum(_round_up(top.to(tl.float64) + spread), top)
-                if top_k > 0:
-                    if top_k <= tiles * GROUPS:
-                        low = _bound(
-                            workspace, tiles, low, top, top_k.to(tl.float32), scale, reference, False, OPERANDS
-                        )
-                elif top_p < 1:
-                    # Tokens of less than (1 - top_p) / V each are lighter together than what top-p drops.
-                    dropped = 0.99 * (1.0 - share) * mass
-                    low = _round_up(top.to(tl.float64) + temperature.to(tl.float64) * tl.log(dropped / vocab))
-                    low = tl.minimum(low, top)
-                    low = _bound(workspace, tiles, low, top, dropped.to(tl.float32), scale, reference, True, OPERANDS)
-                if (top_k <= 0) | (top_p >= 1):
-                    low = tl.maximum(low, min_z)
-                count, _ = _collect(workspace, tiles, low, top, source, OPERANDS)
-                if count <= FEW:
-                    threshold, kept, kept_mass, winner = _few(
-                        workspace, tiles, count, top, scale, mass, top_k, share, min_z, seed, position, OPERANDS
-                    )
-                else:
-                    threshold = low
-                    filtered_mass = mass
-                    for by_mass in range(2):
-                        if by_mass == 0:
-                            sought = top_k > 0
-                            target = top_k.to(tl.float64)
-                        else:
-                            sought = top_p < 1
-                            if (top_k > 0) & sought:
-                                _, filtered_mass = _weigh_kept(
-                                    workspace, tiles, threshold, top, scale, source, OPERANDS
-                                )
-                                count = CANDIDATES + 1  # the search for top-k may have used the buffer
-                            target = share * filtered_mass
-                        if sought:
-                            threshold = _search(
-                                workspace, tiles, threshold, top, target, by_mass == 1, scale, count, source, OPERANDS
-                            )
-                    if top_p == 0:
-                        threshold = top
-                    threshold = tl.maximum(threshold, min_z)
-                    kept, kept_mass = _weigh_kept(workspace, tiles, threshold, top, scale, source, OPERANDS)
+            by_groups = (top_k > 0) | (top_p < 1) | (min_p > 0)
+            if by_groups:
+                threshold, kept, kept_mass, winner = _filter(
+                    workspace,
+                    tiles,
+                    source,
+                    vocab,
+                    top,
+                    mass,
+                    scale,
+                    reference,
+                    temperature,
+                    top_k,
+                    top_p,
+                    min_p,
+                    seed,
+                    position,
+                    OPERANDS,
+                )
         if winner < 0:
             winner = _race(workspace, tiles, scale, reference, seed, position, by_groups, OPERANDS, FILTERED)
 

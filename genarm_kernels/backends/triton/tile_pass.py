@@ -32,6 +32,9 @@ from .common import (
 )
 
 
+TOGETHER = tl.constexpr(3)  # operands whose loads are in flight at once; the registers of 9 would not be there
+
+
 @triton.jit
 def _store(workspace, tiles, tile, top, total, allowed):
     tl.store(workspace + TILE_TOP * tiles + tile, top)
@@ -83,7 +86,7 @@ def _token_by_token(
         v = tile * TILE + (step % groups) * GROUP + tl.arange(0, GROUP)
         inside = v < vocab
         may = inside & in_mask(mask_row, mask_stride, masked, v, v)
-        z, spoils = combine(load(x_rows, v, inside, OPERANDS), row_weights, may, OPERANDS)
+        z, spoils = combine(load(x_rows, v, inside, 0, OPERANDS), row_weights, may, OPERANDS)
         if step < groups:
             tops = tl.where(lane == step, tl.max(z), tops)
             top = finite_or_zero(tl.max(tops))
@@ -149,17 +152,29 @@ def tile_pass(
 
     usual = (tile + 1) * TILE <= vocab  # bounds would keep loads from being vectors
     if usual:
-        # 1. One read, and z. One that is not finite, or an operand that is not, makes the sum of z * 0 NaN.
-        logits = load(x_rows, v, None, OPERANDS)
+        # 1. One read, some operands at a time: z, and with log-probabilities each operand's own summary.
         z = tl.zeros([GROUPS, GROUP // 8, 8], tl.float32)
-        for i in tl.static_range(OPERANDS):
-            z = tl.fma(logits[i].to(tl.float32), row_weights[i], z)
+        own_tops = ()
+        own_sums = ()
+        log2e = tl.full([], LOG2E, tl.float32)
+        for begin in tl.static_range(0, OPERANDS, TOGETHER):
+            logits = load(x_rows, v, None, begin, min(begin + TOGETHER, OPERANDS))
+            for i in tl.static_range(begin, min(begin + TOGETHER, OPERANDS)):
+                x = logits[i - begin].to(tl.float32)
+                z = tl.fma(x, row_weights[i], z)
+                if LOGPROBS:
+                    top = tl.max(x)
+                    own_tops = own_tops + (top,)
+                    own_sums = own_sums + (tl.sum(power(x, finite_or_zero(top), log2e)),)
+        # 2. A z that is not finite, or an operand that is not, makes this sum NaN.
         usual = tl.sum(z * 0.0) == 0
         if masked > 0:
             may = in_mask(mask_row, mask_strides[1], masked, v, v8)
             usual = usual & (tl.min(may.to(tl.int32)) > 0)
-
-        # 2. The summaries.
+        # 3. The summaries.
+        if LOGPROBS:
+            for i in tl.static_range(OPERANDS):
+                _store_operand(workspace, tiles, tile, i, own_tops[i], own_sums[i])
         if usual:
             if FILTERED:
                 tops = tl.max(tl.max(z, 2), 1)
@@ -171,12 +186,6 @@ def tile_pass(
                 top = tl.max(z)
                 total = tl.sum(power(z, top, scale))
             _store(workspace, tiles, tile, top, total, TILE)
-            if LOGPROBS:
-                log2e = tl.full([], LOG2E, tl.float32)
-                for i in tl.static_range(OPERANDS):
-                    x = logits[i].to(tl.float32)
-                    own_top = tl.max(x)
-                    _store_operand(workspace, tiles, tile, i, own_top, tl.sum(power(x, finite_or_zero(own_top), log2e)))
     if usual == 0:
         _token_by_token(
             x_rows,

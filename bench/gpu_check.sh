@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Everything that needs an NVIDIA GPU, for a machine without a network: bench/gpu_check.sh [STAGE...]
+#
+# Stages, each well under ten minutes:
+#   build      the compiled parts, in place
+#   tests      the tests marked `gpu`, then the contract tests on the Triton backend
+#   sanitizer  compute-sanitizer: memcheck, racecheck, initcheck, synccheck on small shapes
+#   kernels    bench/gpu_kernels.py: time of a step, cold and warm, against baselines and the copy bandwidth
+#   tune       the same kernels at other numbers of warps; not among the default stages
+# A log of each and the JSON files go to OUT (default bench/results/<device>); a short table is printed last.
+# PYTHON (python3), GENARM_COMMIT (where there is no git) and KERNELS_ARGS (--quick) may be set.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+export PYTHONPATH=".:python:tests${PYTHONPATH:+:$PYTHONPATH}"
+unset TRITON_INTERPRET
+device=$($PYTHON -c '
+import torch
+print(torch.cuda.get_device_name().lower().removeprefix("nvidia ").replace(" ", "-"))') || exit 1
+OUT=${OUT:-bench/results/$device}
+mkdir -p "$OUT"
+
+stage_build() { GENARM_CPU=1 $PYTHON setup.py --quiet build_ext --inplace; }
+
+stage_tests() {
+  local failed=0
+  $PYTHON -m pytest -q -m gpu tests || failed=1
+  GENARM_EXPECT_BACKENDS=triton $PYTHON -m pytest -q -k triton tests/test_guided_step.py tests/test_triton.py || failed=1
+  return $failed
+}
+
+stage_sanitizer() {
+  local failed=0 tool
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # every tensor has bounds of its own
+  $PYTHON -m bench.small_steps || return 1 # compiles the kernels outside the tool
+  for tool in memcheck racecheck initcheck synccheck; do
+    echo "== $tool"
+    compute-sanitizer --tool "$tool" --error-exitcode 7 \
+      $PYTHON -m bench.small_steps || failed=1
+  done
+  return $failed
+}
+
+stage_kernels() { $PYTHON -m bench.gpu_kernels --out "$OUT" ${KERNELS_ARGS:-}; }
+
+stage_tune() { $PYTHON -m bench.gpu_kernels --out "$OUT" --tune; }
+
+[ $# -gt 0 ] || set -- build tests sanitizer kernels
+summary="" failed=0
+for stage in "$@"; do
+  declare -F "stage_$stage" >/dev/null || { echo "no stage $stage; see the head of $0" >&2; exit 2; }
+  start=$SECONDS
+  (stage_"$stage") > >(tee "$OUT/$stage.log") 2>&1 && result=passed || { result=FAILED; failed=1; }
+  summary+=$(printf '%-10s %-7s %4d s  %s' "$stage" "$result" $((SECONDS - start)) "$OUT/$stage.log")$'\n'
+done
+sleep 1 # the last log's end
+printf '\n%s' "$summary"
+exit $failed

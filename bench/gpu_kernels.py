@@ -1,0 +1,352 @@
+"""Kernel time of a step on an NVIDIA GPU: `python -m bench.gpu_kernels [--out DIR] [--tune]`, a stage of gpu_check.sh.
+
+What is timed: steps captured in a CUDA graph, as a decode loop launches them, so that Python and the launches' cost on
+the host are out of it; bfloat16 logits, log-probabilities on. A replay's time over its steps, median and p20 to p80 of
+the replays. Cold: the steps go round more logits than three L2 caches hold. Warm: one set again and again, which the L2
+holds where it is small enough; a decode loop, whose models have just written the logits, is between the two.
+
+Baselines are captured alike. Peers get the float32 combination, and no log-probabilities to compute. `--tune` times the
+kernels at other numbers of warps instead.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from bench.baselines import compiled, eager
+from genarm_kernels import available_backends, guided_step
+from genarm_kernels.testing import make_logits
+
+VOCABS, BATCHES, ARMS = (32000, 128256, 151936, 256000), (1, 8, 64, 256), (1, 2, 3)
+FILTERS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "k+p": {"top_k": 50, "top_p": 0.9},
+    "k+p+min-p": {"top_k": 50, "top_p": 0.9, "min_p": 0.05},
+    "p=0.9": {"top_p": 0.9},
+}
+MAIN_VOCAB = 128256
+TEMPERATURE, WEIGHT = 0.8, 0.7
+_DISTINCT_ROWS = 17
+_STEPS, _REPLAYS = 20, 15
+
+# Microseconds on an H200: V = 128256, N = 1, peaked rows, cold. "auto" is to meet them.
+TARGETS = {
+    "triton": {("none", 1): 9, ("none", 64): 14, ("none", 256): 42, ("k+p", 1): 14, ("k+p", 64): 26, ("k+p", 256): 75},
+}
+
+
+class Case(NamedTuple):
+    vocab: int
+    batch: int
+    arms: int
+    filters: str
+    logits: str
+    cache: str
+
+    @property
+    def bytes_read(self) -> int:
+        """The floor: every operand once."""
+        return self.vocab * self.batch * (1 + self.arms) * torch.bfloat16.itemsize
+
+
+class Time(NamedTuple):
+    """Microseconds a step."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+Step = Callable[[Tensor, Sequence[Tensor], int], Any]
+
+
+def cases() -> Iterator[Case]:
+    shapes = [(vocab, batch, 1, "peaked") for vocab, batch in itertools.product(VOCABS, BATCHES)]
+    shapes += [(MAIN_VOCAB, batch, arms, "peaked") for batch, arms in itertools.product(BATCHES, ARMS[1:])]
+    shapes += [(MAIN_VOCAB, batch, 1, "flat") for batch in BATCHES]
+    for (vocab, batch, arms, logits), filters in itertools.product(shapes, FILTERS):
+        for cache in ("cold", "warm"):
+            yield Case(vocab, batch, arms, filters, logits, cache)
+
+
+def subjects(case: Case) -> dict[str, Step]:
+    """What runs at a case: every GPU backend; at the main shape what people use today, and the peers that are here."""
+    sampling = {"weights": [WEIGHT] * case.arms, "temperature": TEMPERATURE, **FILTERS[case.filters]}
+    found: dict[str, Step] = {
+        name: functools.partial(_ours, name, sampling) for name in available_backends() if name in ("triton", "cuda")
+    }
+    if (case.vocab, case.arms, case.logits) != (MAIN_VOCAB, 1, "peaked"):
+        return found
+    found["eager"] = lambda base, arms, _: eager(base, arms, **sampling)
+    if case.batch == 64:
+        found["compiled"] = lambda base, arms, _: compiled(base, arms, **sampling)
+    if case.filters == "k+p":
+        found |= {name: peer for name, peer in (("flashinfer", _flashinfer()), ("vllm", _vllm())) if peer}
+    return found
+
+
+def _ours(name: str, sampling: dict[str, Any], base: Tensor, arms: Sequence[Tensor], position: int) -> Any:
+    return guided_step(base, arms, position=position, backend=name, **sampling)
+
+
+def _combined(base: Tensor, arms: Sequence[Tensor]) -> Tensor:
+    z = base.float()
+    for arm in arms:
+        z.add_(arm, alpha=WEIGHT)
+    return z.div_(TEMPERATURE)
+
+
+@functools.cache
+def _flashinfer() -> Step | None:
+    try:
+        from flashinfer.sampling import top_k_top_p_sampling_from_logits
+    except ImportError:
+        return None
+    return lambda base, arms, _: top_k_top_p_sampling_from_logits(_combined(base, arms), **FILTERS["k+p"])
+
+
+@functools.cache
+def _vllm() -> Step | None:
+    """vLLM's Triton filter, then its draw by a race of exponentials."""
+    try:
+        from vllm.v1.sample.ops.topk_topp_triton import apply_top_k_top_p_triton
+    except ImportError:
+        return None
+    values = FILTERS["k+p"]
+
+    def step(base: Tensor, arms: Sequence[Tensor], _: int) -> Tensor:
+        k = torch.full((len(base),), values["top_k"], dtype=torch.int32, device=base.device)
+        p = torch.full((len(base),), values["top_p"], device=base.device)
+        kept = apply_top_k_top_p_triton(_combined(base, arms), k, p).softmax(-1)
+        return kept.div_(torch.empty_like(kept).exponential_()).argmax(-1)
+
+    return step
+
+
+# ---- Timing --------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=2)
+def distinct(vocab: int, logits: str) -> Tensor:
+    x = make_logits("peaked", (_DISTINCT_ROWS, vocab), seed=vocab, device="cpu")
+    if logits == "flat":  # all within 0.1: nothing to bound a filter with
+        x = 0.1 * torch.rand(_DISTINCT_ROWS, vocab, generator=torch.Generator().manual_seed(vocab)) - 0.05
+    return x.to("cuda", torch.bfloat16)
+
+
+def inputs(case: Case, sets: int) -> list[tuple[Tensor, list[Tensor]]]:
+    rows = sets * case.batch * (1 + case.arms)
+    pool = distinct(case.vocab, case.logits).repeat(-(-rows // _DISTINCT_ROWS), 1)[:rows]
+    chunks = pool.split(case.batch)
+    step = 1 + case.arms
+    return [(chunks[i], list(chunks[i + 1 : i + step])) for i in range(0, len(chunks), step)]
+
+
+def time_of(case: Case, step: Step) -> Time:
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    sets = max(2, -(-3 * l2 // case.bytes_read)) if case.cache == "cold" else 1
+    data = inputs(case, sets)
+    steps = max(_STEPS, sets)
+    side = torch.cuda.Stream()  # a capture needs one, warmed up
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for position in range(2):
+            step(*data[0], position)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for position in range(steps):
+            step(*data[position % sets], position)
+    for _ in range(3):
+        graph.replay()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(_REPLAYS)]
+    for start, end in events:
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    times = sorted(1e3 * start.elapsed_time(end) / steps for start, end in events)
+    at = [times[round(share * (len(times) - 1))] for share in (0.5, 0.2, 0.8)]
+    return Time(*(round(x, 2) for x in at))
+
+
+def check(case: Case, step: Step) -> None:
+    """AssertionError unless a backend draws the reference's tokens, in up to 4 rows."""
+    base, arms = inputs(case, 1)[0]
+    got = step(base, arms, 3)
+    rows = torch.linspace(0, case.batch - 1, min(4, case.batch), device="cuda").long()
+    sampling = {"weights": [WEIGHT] * case.arms, "temperature": TEMPERATURE, **FILTERS[case.filters]}
+    law = guided_step(base[rows], [arm[rows] for arm in arms], seed=rows, position=3, backend="reference", **sampling)
+    assert torch.equal(got.token[rows], law.token), f"{case}: {got.token[rows].tolist()}, {law.token.tolist()}"
+    for name in ("logprob", "log_mass", "base_logprob", "arm_logprobs"):
+        torch.testing.assert_close(
+            getattr(got, name)[rows], getattr(law, name), rtol=0, atol=1e-4, msg=f"{case} {name}"
+        )
+
+
+def measure(case: Case, name: str, step: Step) -> Time | None:
+    """None, and a line that says why, where it does not run: the others' figures are worth having."""
+    try:
+        if name in available_backends():
+            check(case, step)
+        if name == "compiled":
+            torch.compiler.reset()  # its limit of graphs counts over cases
+        return time_of(case, step)
+    except Exception as error:
+        print(f"{case} {name}: {type(error).__name__}: {str(error).splitlines()[0][:200]}", flush=True)
+        return None
+
+
+def copy_bandwidth() -> float:
+    """GB/s, read and written, of a copy of 1 GiB."""
+    x = torch.ones(1 << 28, device="cuda")
+    y = torch.empty_like(x)
+    times = []
+    for _ in range(20):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        y.copy_(x)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return round(2 * x.nbytes / statistics.median(times) / 1e6, 1)
+
+
+def call_time(name: str) -> float:
+    """Microseconds that a call outside a graph keeps Python busy, log-probabilities on, one row of 1,000 tokens."""
+    case = Case(1000, 1, 1, "k+p", "peaked", "warm")
+    base, arms = inputs(case, 1)[0]
+    step = subjects(case)[name]
+    times = []
+    for _ in range(50):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for position in range(100):  # fewer than a stream's queue holds: none waits for the device
+            step(base, arms, position)
+        times.append((time.perf_counter() - start) / 100)
+    return round(1e6 * statistics.median(times), 2)
+
+
+# ---- Report --------------------------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, Any]:
+    import triton
+
+    describe = ("git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*")
+    git = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return {
+        "device": torch.cuda.get_device_name(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": os.environ.get("GENARM_COMMIT") or git.stdout.strip() or "unknown",
+        "copy_gb_s": copy_bandwidth(),
+        "call_us": {name: call_time(name) for name in available_backends() if name in ("triton", "cuda")},
+    }
+
+
+def show(case: Case, times: dict[str, Time], copy_gb_s: float, table: Table) -> None:
+    for name, t in times.items():
+        gb_s = case.bytes_read / t.median / 1e3
+        cells = [*map(str, case), name, f"{t.median:.1f}", f"{t.p20:.1f}-{t.p80:.1f}"]
+        table.add_row(*cells, f"{gb_s:.0f}", f"{100 * gb_s / copy_gb_s:.0f}")
+
+
+def verdicts(results: list[tuple[Case, dict[str, Time]]]) -> Iterator[tuple[str, float, float | None]]:
+    """What is claimed, its bound and its measure; ratios are to be at least, microseconds at most."""
+    found = dict(results)
+    for name, bounds in TARGETS.items():
+        for (filters, batch), bound in bounds.items():
+            times = found.get(Case(MAIN_VOCAB, batch, 1, filters, "peaked", "cold"), {})
+            yield f"{name} {filters} B={batch}: us", bound, times[name].median if name in times else None
+        for rival, filters, bound in (("eager", "p=0.9", 20), ("flashinfer", "k+p", 3)):
+            times = found.get(Case(MAIN_VOCAB, 64, 1, filters, "peaked", "cold"), {})
+            ratio = times[rival].median / times[name].median if {rival, name} <= times.keys() else None
+            yield f"{name} {filters} B=64: times faster than {rival}", bound, ratio
+
+
+def tune(out: Path) -> None:
+    """The kernels at other numbers of warps, cold, at the main vocabulary."""
+    from genarm_kernels.backends.triton import launch
+
+    table = Table(title="microseconds a step by warps of (tile pass, row pass)", title_justify="left")
+    grid = [Case(MAIN_VOCAB, batch, 1, f, "peaked", "cold") for batch in (1, 64, 256) for f in ("none", "k+p", "p=0.9")]
+    for column in ("warps", *(f"{case.filters} B={case.batch}" for case in grid)):
+        table.add_column(column)
+    kept, rows = dict(launch.OPTIONS), []
+    for tile_warps, row_warps in itertools.product((1, 2, 4), (4, 8, 16)):
+        launch.OPTIONS[launch.tile_pass] = {"num_warps": tile_warps}
+        launch.OPTIONS[launch.row_pass] = {"num_warps": row_warps, "maxnreg": min(255, 2048 // row_warps)}
+        launch._launcher.cache_clear()
+        times = [time_of(case, subjects(case)["triton"]).median for case in grid]
+        rows.append({"tile_warps": tile_warps, "row_warps": row_warps, "us": times})
+        table.add_row(f"{tile_warps}, {row_warps}", *(f"{t:.1f}" for t in times))
+    launch.OPTIONS.update(kept)
+    launch._launcher.cache_clear()
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    cases_line = json.dumps([case._asdict() for case in grid])
+    (out / "tune.json").write_text(
+        f'{{"environment": {json.dumps(environment())},\n"cases": {cases_line},\n"rows": [\n  {lines}]}}\n'
+    )
+    Console(width=170).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=None, help="folder of the JSON; default bench/results/<device>")
+    parser.add_argument("--tune", action="store_true", help="time other numbers of warps instead")
+    parser.add_argument("--quick", action="store_true", help="the shapes that have targets only")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs an NVIDIA GPU")
+    device = torch.cuda.get_device_name().lower().removeprefix("nvidia ").replace(" ", "-")
+    out = options.out or Path(__file__).parent / "results" / device
+    out.mkdir(parents=True, exist_ok=True)
+    if options.tune:
+        tune(out)
+        return
+
+    about = environment()
+    table = Table(title="\n".join(f"{name}: {value}" for name, value in about.items()), title_justify="left")
+    for column in (*Case._fields, "subject", "us", "p20-p80", "GB/s", "% of copy"):
+        table.add_column(column, justify="right")
+    results: list[tuple[Case, dict[str, Time]]] = []
+    for case in cases():
+        if options.quick and (case.vocab, case.arms, case.logits) != (MAIN_VOCAB, 1, "peaked"):
+            continue
+        measured = {name: measure(case, name, step) for name, step in subjects(case).items()}
+        times = {name: t for name, t in measured.items() if t is not None}
+        results.append((case, times))
+        show(case, times, about["copy_gb_s"], table)
+    claims = list(verdicts(results))
+    rows = [json.dumps(case._asdict() | times) for case, times in results]
+    body = {**about, "unit": "microseconds: median, p20, p80", "targets": claims}
+    lines = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in body.items()]
+    (out / "kernels.json").write_text(
+        "\n".join(["{", *lines, '  "cases": [', "    " + ",\n    ".join(rows), "  ]", "}", ""])
+    )
+    console = Console(width=150)
+    console.print(table)
+    for text, bound, measured in claims:
+        holds = measured is not None and ((measured >= bound) if "times faster" in text else (measured <= bound))
+        state = "not measured" if measured is None else "holds" if holds else "MISSED"
+        console.print(f"{text}: {measured if measured is None else round(measured, 1)} (bound {bound}) {state}")
+
+
+if __name__ == "__main__":
+    main()
