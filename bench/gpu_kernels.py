@@ -289,7 +289,7 @@ def tune(out: Path) -> None:
     for column in ("warps", *(f"{case.filters} B={case.batch}" for case in grid)):
         table.add_column(column)
     kept, rows = dict(launch.OPTIONS), []
-    for tile_warps, row_warps in itertools.product((1, 2, 4), (4, 8, 16)):
+    for tile_warps, row_warps in itertools.product((1, 2, 4), (8, 16)):
         launch.OPTIONS[launch.tile_pass] = {"num_warps": tile_warps}
         launch.OPTIONS[launch.row_pass] = {"num_warps": row_warps, "maxnreg": min(255, 2048 // row_warps)}
         launch._launcher.cache_clear()

@@ -72,10 +72,10 @@ def scale_of(temperature):
 
 # ---- The workspace -------------------------------------------------------------------------------------------------
 
-TILE_TOP = tl.constexpr(0)  # the largest z; -inf: nothing allowed
-TILE_SUM = tl.constexpr(1)  # of 2^(z scale), relative to reference_of(the top)
-TILE_ALLOWED = tl.constexpr(2)  # int32: how many tokens are allowed; -1: the tile spoils the row
-TILE_OPERANDS = tl.constexpr(3)  # then each operand's own top and sum, at scale log2(e)
+# A pair of segments is a largest number and a sum relative to its reference: of z, then of each operand by itself. The
+# largest z is -inf where nothing is allowed.
+TILE_TOP = tl.constexpr(0)
+TILE_SUM = tl.constexpr(1)
 GROUP_TOP = tl.constexpr(0)
 GROUP_SUM = tl.constexpr(1)  # relative to the *tile's* reference
 GROUP_WEIGHT = tl.constexpr(2)  # mass of the kept tokens, relative to the row's largest
@@ -84,19 +84,25 @@ GROUP_LIST = tl.constexpr(3)  # int32: the groups to be read again
 
 def workspace_words(tiles: int, operands: int, filtered: bool) -> int:
     """4-byte words of a row's workspace."""
-    words = (TILE_OPERANDS.value + 2 * operands) * tiles
+    words = (2 + 2 * operands + 1) * tiles
     return words + 4 * GROUPS.value * tiles + 2 * CANDIDATES.value if filtered else words
 
 
 @triton.jit
 def groups_of(workspace, tiles, OPERANDS: tl.constexpr, SEGMENT: tl.constexpr):
     """Where a segment of the groups begins."""
-    return workspace + tiles * (TILE_OPERANDS + 2 * OPERANDS + SEGMENT * GROUPS)
+    return workspace + tiles * (2 + 2 * OPERANDS + 1 + SEGMENT * GROUPS)
 
 
 @triton.jit
 def candidates_of(workspace, tiles, OPERANDS: tl.constexpr):
     return groups_of(workspace, tiles, OPERANDS, 4)
+
+
+@triton.jit
+def allowed_of(workspace, tiles, OPERANDS: tl.constexpr):
+    """`[T]` int32: how many of a tile's tokens are allowed; -1: one spoils the row."""
+    return as_ints(workspace) + tiles * (2 + 2 * OPERANDS)
 
 
 @triton.jit
@@ -171,6 +177,44 @@ def reference_of(top, scale):
     bounded = bounded_scale(top, scale)
     exact = top.to(tl.float64) * scale.to(tl.float64)
     return tl.where(bounded < scale, exact, (top * bounded).to(tl.float64))
+
+
+@triton.jit
+def merge(workspace, tiles, scale, pairs, OPERANDS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """A row's tops and sums out of its tiles', for the first pairs of segments (z, operands) at once, `[ROWS]`: the
+    largest, the sum in float64, what that is relative to; and the allowed tokens, and the fewest of a tile.
+
+    BLOCK at most a program's threads: more fails an assertion in Triton 3.7 (OptimizeThreadLocality).
+    """
+    pair = tl.arange(0, ROWS)[:, None]
+    scales = tl.where(pair == 0, scale, LOG2E)
+    tops = tl.full([ROWS], -INF, tl.float32)
+    allowed = tl.full([], 0, tl.int32)
+    fewest = tl.full([], 0, tl.int32)
+    for begin in range(0, tiles, BLOCK):
+        tile = begin + tl.arange(0, BLOCK)
+        counts = tl.load(allowed_of(workspace, tiles, OPERANDS) + tile, mask=tile < tiles, other=0)
+        inside = (tile[None, :] < tiles) & (pair < pairs)
+        top = tl.load(workspace + (2 * pair + TILE_TOP) * tiles + tile[None, :], mask=inside, other=-INF)
+        tops = tl.maximum(tops, tl.max(top, 1))
+        allowed += tl.sum(counts)
+        fewest = tl.minimum(fewest, tl.min(counts))
+    references = reference_of(finite_or_zero(tops)[:, None], scales)
+    total = tl.zeros([ROWS], tl.float64)
+    for begin in range(0, tiles, BLOCK):
+        tile = begin + tl.arange(0, BLOCK)
+        inside = (tile[None, :] < tiles) & (pair < pairs)
+        at = workspace + 2 * pair * tiles + tile[None, :]
+        top = finite_or_zero(tl.load(at + TILE_TOP * tiles, mask=inside, other=0.0))
+        each = tl.load(at + TILE_SUM * tiles, mask=inside, other=0.0)
+        total += tl.sum(relative(each, reference_of(top, scales) - references), 1)
+    return tops, total, tl.sum(references, 1), allowed, fewest
+
+
+@triton.jit
+def pick(x, INDEX: tl.constexpr):
+    """An element of a short vector."""
+    return tl.sum(tl.where(tl.arange(0, x.shape[0]) == INDEX, x, 0.0))
 
 
 @triton.jit

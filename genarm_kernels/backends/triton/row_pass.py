@@ -21,8 +21,6 @@ from .common import (
     SEED,
     TEMPERATURE,
     TILE,
-    TILE_ALLOWED,
-    TILE_OPERANDS,
     TILE_SUM,
     TILE_TOP,
     TOP_K,
@@ -35,8 +33,10 @@ from .common import (
     groups_of,
     in_mask,
     load,
+    merge,
     ordered_key,
     parameter,
+    pick,
     power,
     race_time,
     reference_of,
@@ -46,9 +46,8 @@ from .common import (
     token_uniform,
     weights_of,
 )
-from .tile_pass import merge
 
-TILES = tl.constexpr(256)  # tiles at a time: V up to 262,144 is one round
+TILES = tl.constexpr(256)  # tiles at a time, one a thread: V up to 262,144 is one round
 LISTED = tl.constexpr(1024)  # groups at a time where their summaries are read
 REACH = tl.constexpr(32)  # candidates at a time that all others are compared with
 BOUNDS = tl.constexpr(16)  # thresholds at a time over the groups' summaries
@@ -471,13 +470,11 @@ def row_pass(
     valid = (temperature >= 0) & (temperature < INF) & (top_p >= 0) & (top_p <= 1) & (min_p >= 0) & (min_p <= 1)
     for i in tl.static_range(OPERANDS):
         valid = valid & (tl.abs(row_weights[i]) < INF)
-    allowed = tl.full([], 0, tl.int32)
-    fewest = tl.full([], 0, tl.int32)
-    for begin in range(0, tiles, TILES):
-        tile = begin + tl.arange(0, TILES)
-        count = tl.load(as_ints(workspace) + TILE_ALLOWED * tiles + tile, mask=tile < tiles, other=0)
-        allowed += tl.sum(count)
-        fewest = tl.minimum(fewest, tl.min(count))
+    scale = scale_of(temperature)
+    ROWS: tl.constexpr = triton.next_power_of_2(1 + OPERANDS)
+    pairs = tl.where(logprobs != 0, 1 + OPERANDS, 1)
+    tops, masses, references, allowed, fewest = merge(workspace, tiles, scale, pairs, OPERANDS, ROWS, TILES)
+    top, mass, reference = pick(tops, 0), pick(masses, 0), pick(references, 0)
     status = tl.where((fewest < 0) | (valid == 0), 1, tl.where(allowed == 0, 2, 0))
     tl.store(status_ptr + row, status)
     if status != 0:
@@ -490,8 +487,6 @@ def row_pass(
             for i in tl.static_range(OPERANDS - 1):
                 tl.store(arm_logprobs_ptr + row * (OPERANDS - 1) + i, NAN)
         return
-    scale = scale_of(temperature)
-    top, mass, reference = merge(workspace + TILE_TOP * tiles, workspace + TILE_SUM * tiles, tiles, scale, TILES)
     greedy = temperature == 0
 
     # 2. What is kept, and the tile that wins.
@@ -553,12 +548,10 @@ def row_pass(
         log_mass = tl.where((kept < allowed) & (kept_mass < mass), tl.log(kept_mass / mass), 0.0)
         tl.store(logprob_ptr + row, logprob.to(tl.float32))
         tl.store(log_mass_ptr + row, tl.where(greedy, logprob, log_mass).to(tl.float32))
-        log2e = tl.full([], LOG2E, tl.float32)
         for i in tl.static_range(OPERANDS):
-            own = workspace + (TILE_OPERANDS + 2 * i) * tiles
-            _, own_mass, own_reference = merge(own, own + tiles, tiles, log2e, TILES)
+            own_mass = pick(masses, 1 + i)
             x = tl.load(x_rows[i] + token).to(tl.float64)
-            own_logprob = (x * LOG2E - own_reference) * LN2 - tl.log(own_mass)
+            own_logprob = (x * LOG2E - pick(references, 1 + i)) * LN2 - tl.log(own_mass)
             own_logprob = tl.where(own_mass < INF, own_logprob, NAN)
             if i == 0:
                 tl.store(base_logprob_ptr + row, own_logprob.to(tl.float32))

@@ -12,11 +12,9 @@ from .common import (
     LOG2E,
     TEMPERATURE,
     TILE,
-    TILE_ALLOWED,
-    TILE_OPERANDS,
     TILE_SUM,
     TILE_TOP,
-    as_ints,
+    allowed_of,
     combine,
     finite_or_zero,
     groups_of,
@@ -24,28 +22,25 @@ from .common import (
     load,
     parameter,
     power,
-    reference_of,
-    relative,
     rows_of,
     scale_of,
     weights_of,
 )
 
-
 TOGETHER = tl.constexpr(3)  # operands whose loads are in flight at once; the registers of 9 would not be there
 
 
 @triton.jit
-def _store(workspace, tiles, tile, top, total, allowed):
+def _store(workspace, tiles, tile, top, total, allowed, OPERANDS: tl.constexpr):
     tl.store(workspace + TILE_TOP * tiles + tile, top)
     tl.store(workspace + TILE_SUM * tiles + tile, total)
-    tl.store(as_ints(workspace) + TILE_ALLOWED * tiles + tile, allowed)
+    tl.store(allowed_of(workspace, tiles, OPERANDS) + tile, allowed)
 
 
 @triton.jit
 def _store_operand(workspace, tiles, tile, i, top, total):
-    tl.store(workspace + (TILE_OPERANDS + 2 * i) * tiles + tile, top)
-    tl.store(workspace + (TILE_OPERANDS + 2 * i + 1) * tiles + tile, total)
+    tl.store(workspace + (2 * (1 + i) + TILE_TOP) * tiles + tile, top)
+    tl.store(workspace + (2 * (1 + i) + TILE_SUM) * tiles + tile, total)
 
 
 @triton.jit
@@ -94,7 +89,7 @@ def _token_by_token(
             spoilt = tl.maximum(spoilt, tl.max(spoils.to(tl.int32)))
         else:
             sums = tl.where(lane == step - groups, tl.sum(power(z, top, scale)), sums)
-    _store(workspace, tiles, tile, tl.max(tops), tl.sum(sums), tl.where(spoilt > 0, -1, allowed))
+    _store(workspace, tiles, tile, tl.max(tops), tl.sum(sums), tl.where(spoilt > 0, -1, allowed), OPERANDS)
     if FILTERED:
         _store_groups(workspace, tiles, tile, tops, sums, OPERANDS)
     if LOGPROBS:
@@ -185,7 +180,7 @@ def tile_pass(
             else:
                 top = tl.max(z)
                 total = tl.sum(power(z, top, scale))
-            _store(workspace, tiles, tile, top, total, TILE)
+            _store(workspace, tiles, tile, top, total, TILE, OPERANDS)
     if usual == 0:
         _token_by_token(
             x_rows,
@@ -202,20 +197,3 @@ def tile_pass(
             LOGPROBS,
             FILTERED,
         )
-
-
-@triton.jit
-def merge(tops_ptr, sums_ptr, tiles, scale, BLOCK: tl.constexpr):
-    """A row's tops and sums as one: its largest, its sum in float64, and what that is relative to."""
-    top = -INF
-    for begin in range(0, tiles, BLOCK):
-        tile = begin + tl.arange(0, BLOCK)
-        top = tl.maximum(top, tl.max(tl.load(tops_ptr + tile, mask=tile < tiles, other=-INF)))
-    reference = reference_of(finite_or_zero(top), scale)
-    total = tl.zeros([BLOCK], tl.float64)
-    for begin in range(0, tiles, BLOCK):
-        tile = begin + tl.arange(0, BLOCK)
-        tops = finite_or_zero(tl.load(tops_ptr + tile, mask=tile < tiles, other=0.0))
-        sums = tl.load(sums_ptr + tile, mask=tile < tiles, other=0.0).to(tl.float64)
-        total += relative(sums, reference_of(tops, scale) - reference)
-    return top, tl.sum(total), reference

@@ -9,21 +9,18 @@ from .common import (
     NAN,
     TEMPERATURE,
     TILE,
-    TILE_ALLOWED,
-    TILE_SUM,
-    TILE_TOP,
-    as_ints,
     combine,
     in_mask,
     load,
+    merge,
     parameter,
+    pick,
     rows_of,
     scale_of,
     weights_of,
 )
-from .tile_pass import merge
 
-TILES = tl.constexpr(256)
+TILES = tl.constexpr(128)  # tiles at a time, one a thread
 TILES_A_PROGRAM = tl.constexpr(4)  # share one merge of the row's summaries
 
 
@@ -65,15 +62,11 @@ def whole_row_pass(
     valid = (temperature > 0) & (temperature < INF)
     for i in tl.static_range(OPERANDS):
         valid = valid & (tl.abs(row_weights[i]) < INF)
-    fewest = tl.full([], 0, tl.int32)
-    for begin in range(0, tiles, TILES):
-        tile = begin + tl.arange(0, TILES)
-        count = tl.load(as_ints(workspace) + TILE_ALLOWED * tiles + tile, mask=tile < tiles, other=0)
-        fewest = tl.minimum(fewest, tl.min(count))
-    spoilt = (fewest < 0) | (valid == 0)
     scale = scale_of(temperature)
-    top, mass, reference = merge(workspace + TILE_TOP * tiles, workspace + TILE_SUM * tiles, tiles, scale, TILES)
-    log_mass = tl.log(mass) + (reference - top.to(tl.float64) * scale.to(tl.float64)) * LN2
+    tops, masses, references, allowed, fewest = merge(workspace, tiles, scale, 1, OPERANDS, 1, TILES)  # noqa: RUF059
+    top = pick(tops, 0)
+    spoilt = (fewest < 0) | (valid == 0)
+    log_mass = tl.log(pick(masses, 0)) + (pick(references, 0) - top.to(tl.float64) * scale.to(tl.float64)) * LN2
 
     # 2. log p.
     for tile in range(part * TILES_A_PROGRAM, part * TILES_A_PROGRAM + TILES_A_PROGRAM):
