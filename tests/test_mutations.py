@@ -508,6 +508,138 @@ MUTATIONS = {
     ),
 }
 
+# Likewise in genarm_kernels/backends/triton/, for tests of that backend in Triton's interpreter.
+TRITON_MUTATIONS = {
+    "row without its stride": ("common.py", "x_ptrs[i] + row * x_strides[i]", "x_ptrs[i] + row", "test_strides"),
+    "32-bit rows": ("row_pass.py", "tl.program_id(0).to(tl.int64)", "tl.program_id(0)", "test_offsets_past_32_bits"),
+    "unused operands read": (
+        "common.py",
+        "tl.where(weights[i] != 0, logits[i].to(tl.float32), 0.0)",
+        "logits[i].to(tl.float32)",
+        "test_random_cases and 0",
+    ),
+    "-inf not blocked": ("common.py", "tl.where(x == -INF, state | 1, state)", "state", "test_random_cases and 0"),
+    "NaN not seen": ("common.py", "tl.where(x < INF, state, state | 2)", "state", "test_random_cases and 0"),
+    "mask's bits reversed": (
+        "common.py",
+        "(words >> (v & 31))",
+        "(words >> (31 - (v & 31)))",
+        "test_token_mask_allows",
+    ),
+    "mask's stride dropped": (
+        "common.py",
+        "(first >> 5).to(tl.int64) * mask_stride",
+        "(first >> 5).to(tl.int64)",
+        "test_token_mask_allows",
+    ),
+    "rounding of a large reference": (
+        "common.py",
+        "tl.abs(top * scale) < 1048576.0",
+        "scale > 0",
+        "test_extreme_scales",
+    ),
+    "tiles merged without their references": (
+        "common.py",
+        "sums.to(tl.float64) * tl.exp2(exponent)",
+        "sums.to(tl.float64)",
+        "test_same_as_the_reference and 0",
+    ),
+    "seed's number without the row": ("row_pass.py", "numbers[4] + row", "numbers[4]", "test_parameters_per_row"),
+    "position without effect": ("common.py", "(position & 0xFFFFFFFF)", "(position & 0)", "test_same_as_the_reference"),
+    "purposes mixed": ("common.py", "tile * 0 + PURPOSE", "tile * 0", "test_same_as_the_reference and 0"),
+    "no Kahan": (
+        "common.py",
+        "tl.where(rest == 1.0, c, tl.log(rest) * (c / (rest - 1.0)))",
+        "-tl.log(rest)",
+        "test_random_numbers",
+    ),
+    "ties of tiles to the last": (
+        "row_pass.py",
+        "winner = tl.minimum(winner, tl.min(tl.where(tops == top, tile, 0x7FFFFFFF)))",
+        "winner = tl.max(tl.where(tops == top, tile, -1))",
+        "test_greedy",
+    ),
+    "greedy takes the last": (
+        "row_pass.py",
+        "tl.min(tl.where(z == top, offset, TILE))",
+        "tl.max(tl.where(z == top, offset, 0))",
+        "test_greedy",
+    ),
+    "equals of the boundary dropped": (
+        "row_pass.py",
+        "above = other_z[:, None] > z[None, :]",
+        "above = other_z[:, None] >= z[None, :]",
+        "test_filters_keep_all_of_equal_rows or test_filters_small",
+    ),
+    "top-p of the whole mass": (
+        "row_pass.py",
+        "        mass = tl.sum(tl.where(in_top_k, p, 0.0).to(tl.float64))\n",
+        "        mass = mass\n",
+        "test_filters_small",
+    ),
+    "a bound too high": (
+        "row_pass.py",
+        "good = (weight <= target) if BY_MASS else (weight >= target)",
+        "good = (weight <= target * 2) if BY_MASS else (weight * 2 >= target)",
+        "test_same_as_the_reference or test_random_cases",
+    ),
+    "the search forgets what is above": (
+        "row_pass.py",
+        "above = tl.max(tl.where(reached, above, at))",
+        "above = above",
+        "test_rows_that_overflow",
+    ),
+    "the search stops early": (
+        "row_pass.py",
+        "while low_key < high_key:",
+        "while low_key + 1 < high_key:",
+        "test_rows_that_overflow",
+    ),
+    "keys that do not order negatives": (
+        "common.py",
+        "tl.where(bits >= 0, bits, (bits ^ 0x7FFFFFFF) + 1)",
+        "bits",
+        "test_rows_that_overflow",
+    ),
+    "the buffer's end forgotten": (
+        "row_pass.py",
+        "fits = stays & (place < CANDIDATES)",
+        "fits = stays & (place < CANDIDATES - 1)",
+        "test_rows_that_overflow",
+    ),
+    "groups' weights of before": (
+        "row_pass.py",
+        "        tl.store(weights_ptr + group, tl.zeros([LISTED], tl.float32), mask=group < groups)\n",
+        "        pass\n",
+        "test_rows_that_overflow",
+    ),
+    "kept counts by groups": ("row_pass.py", "kept += tl.sum(", "kept = tl.sum(", "test_rows_that_overflow"),
+    "float32 in the inverse CDF": (
+        "row_pass.py",
+        "scale), 0.0).to(tl.float64)\n    cdf",
+        "scale), 0.0)\n    cdf",
+        "test_tail",
+    ),
+    "log-probabilities of the filtered": (
+        "row_pass.py",
+        "log_mass_of_row = tl.log(mass)",
+        "log_mass_of_row = tl.log(kept_mass)",
+        "test_random_cases and 0",
+    ),
+    "an operand's log-softmax masked": (
+        "tile_pass.py",
+        "mask=v < vocab, other=-INF).to(tl.float32)",
+        "mask=v < vocab - 1, other=-INF).to(tl.float32)",
+        "test_random_cases and 0",
+    ),
+    "the fast path keeps NaN": (
+        "tile_pass.py",
+        "usual = tl.sum(z * 0.0) == 0",
+        "usual = True",
+        "test_random_cases and 0",
+    ),
+}
+
 
 # Runs in a process forked from one that has imported torch: a second each in place of many.
 CHILD = """
@@ -516,7 +648,7 @@ os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT), 1)
 sys.path.insert(0, os.getcwd())
 sys.dont_write_bytecode = True
 import pytest
-files = ["tests/test_rng.py", "tests/test_guided_step.py"]
+files = ["tests/test_rng.py", "tests/test_guided_step.py", "tests/test_triton.py"]
 code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", "--tb=short", *files, "-k", expression])
 assert sys.modules["genarm_kernels.reference"].__file__.startswith(os.getcwd()), "the installed package was tested"
 sys.exit(100 + code)
@@ -534,10 +666,10 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def outcome(expression: str) -> int | None:
+def outcome(expression: str, whose: str = "not cpu and not triton") -> int | None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo.testing", "scipy.stats", "pytest"])
-    child = context.Process(target=exec, args=(CHILD, {"expression": f"({expression}) and not cpu and not triton"}))
+    child = context.Process(target=exec, args=(CHILD, {"expression": f"({expression}) and {whose}"}))
     child.start()
     child.join()
     return child.exitcode
@@ -550,8 +682,18 @@ def test_without_a_mutation_the_tests_pass(copy: Path) -> None:
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_mutation_is_caught(copy: Path, name: str) -> None:
     file, text, mistake, expression = MUTATIONS[name]
-    path = copy / "genarm_kernels" / file
-    source = path.read_text()
-    assert source.count(text) == 1, f"{file} holds {text!r} {source.count(text)} times"
-    path.write_text(source.replace(text, mistake))
+    mutate(copy / "genarm_kernels" / file, text, mistake)
     assert outcome(expression) == FAILED, Path("log").read_text()
+
+
+@pytest.mark.parametrize("name", TRITON_MUTATIONS)
+def test_mutation_of_the_triton_kernels_is_caught(copy: Path, name: str) -> None:
+    file, text, mistake, expression = TRITON_MUTATIONS[name]
+    mutate(copy / "genarm_kernels" / "backends" / "triton" / file, text, mistake)
+    assert outcome(expression, "triton") == FAILED, Path("log").read_text()
+
+
+def mutate(path: Path, text: str, mistake: str) -> None:
+    source = path.read_text()
+    assert source.count(text) == 1, f"{path.name} holds {text!r} {source.count(text)} times"
+    path.write_text(source.replace(text, mistake))

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from genarm_kernels import available_backends, guided_step
+from genarm_kernels import available_backends, guided_step, rng
 from genarm_kernels.testing import make_logits, random_case
 
 pytestmark = pytest.mark.skipif("triton" not in available_backends(), reason="the Triton backend cannot run here")
@@ -158,6 +158,39 @@ def test_rows_that_overflow_their_buffer(small_buffers: None) -> None:
         torch.testing.assert_close(mine.log_mass, law.log_mass, rtol=1e-5, atol=1e-5, equal_nan=True)
         searched += int(((law.kept > 64) & (law.kept < case["base_logits"].shape[1])).sum())
     assert searched > 10
+
+
+def test_random_numbers_are_the_librarys() -> None:
+    """To the last bits of float64, also where a variate comes from a number near 0."""
+    from triton_random import random_numbers
+
+    seed, position = (torch.tensor([n], device=DEVICE) for n in (-7 * 2**40 + 5, 2**40 + 3))
+    tile = torch.arange(1 << 16, device=DEVICE)
+    high, low, time = (torch.empty(len(tile), dtype=torch.float64, device=DEVICE) for _ in range(3))
+    uniform = torch.empty(1, dtype=torch.float64, device=DEVICE)
+    random_numbers[(1,)](seed, position, high, low, time, uniform, len(tile))
+    words = rng.random_words(seed, position, tile, rng.PURPOSE_TILE)
+    assert torch.equal(high, words[0].double()) and torch.equal(low, words[1].double())
+    expected = (-rng.gumbel(seed, position, tile)).exp()
+    assert expected.min() < 1e-4
+    torch.testing.assert_close(time, expected, rtol=1e-13, atol=0)
+    assert torch.equal(uniform, rng.uniform(seed, position))
+
+
+@pytest.mark.parametrize(
+    "largest, temperature", [(1e30, 1e-20), (-1e30, 1e-20), (3e38, 1e-3), (1e-3, 3e38), (1.0, 1e-38)]
+)
+def test_extreme_scales(largest: float, temperature: float) -> None:
+    """z / temperature beyond float32 is no reason to spoil a row, or to forget equals."""
+    x = make_logits("normal", (4, 2100), device=DEVICE) * (abs(largest) / 8)
+    x += largest - x.max(1, keepdim=True).values
+    x[:, 1500] = x[:, 3] = x.max()
+    for kwargs in (dict(), dict(top_p=0.9), dict(top_k=5), dict(min_p=0.5)):
+        mine, law = (guided_step(x, temperature=temperature, **kwargs, backend=b) for b in ("triton", "reference"))
+        for name in ("token", "kept", "status"):
+            assert torch.equal(getattr(mine, name), getattr(law, name)), (kwargs, name)
+        assert law.status.tolist() == [0] * 4
+        torch.testing.assert_close(mine.logprob, law.logprob, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.gpu

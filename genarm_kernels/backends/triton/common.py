@@ -154,16 +154,23 @@ def combine(logits, weights, may, OPERANDS: tl.constexpr):
 
 
 @triton.jit
-def bounded_scale(top, scale):
-    """The scale, lowered where scale * top would overflow: there any other x is 0 beside the largest either way."""
-    return tl.minimum(scale, 1e38 / tl.abs(top))
+def is_near(top, scale):
+    """Whether scale * top, which `power_near` rounds, is small enough for that to leave sums in range."""
+    return tl.abs(top * scale) < 1048576.0
+
+
+@triton.jit
+def power_near(x, top, scale):
+    """2^(scale x - scale top) with scale * top rounded: one multiply-add and one exponential. `top` is finite."""
+    return tl.exp2(tl.fma(x, scale, -(top * scale)))
 
 
 @triton.jit
 def power(x, top, scale):
-    """2^(scale (x - top)), for x from -inf to top, which is finite."""
-    scale = bounded_scale(top, scale)
-    return tl.exp2(tl.fma(x, scale, -(top * scale)))
+    """2^(scale (x - top)), relative to `reference_of(top, scale)`, for any x up to top and any finite top."""
+    # In halves: the difference of two float32 may be twice the largest.
+    far = (x * 0.5 - top * 0.5) * tl.minimum(2 * scale, MAX_FLOAT)
+    return tl.exp2(tl.where(is_near(top, scale), tl.fma(x, scale, -(top * scale)), far))
 
 
 @triton.jit
@@ -173,10 +180,8 @@ def finite_or_zero(top):
 
 @triton.jit
 def reference_of(top, scale):
-    """log2 of what a sum of `power` is relative to, float64: as `power` rounded it."""
-    bounded = bounded_scale(top, scale)
-    exact = top.to(tl.float64) * scale.to(tl.float64)
-    return tl.where(bounded < scale, exact, (top * bounded).to(tl.float64))
+    """log2 of what a sum of powers is relative to, float64: scale * top, rounded where the powers have it rounded."""
+    return tl.where(is_near(top, scale), (top * scale).to(tl.float64), top.to(tl.float64) * scale.to(tl.float64))
 
 
 @triton.jit

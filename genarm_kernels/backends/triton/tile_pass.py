@@ -19,9 +19,11 @@ from .common import (
     finite_or_zero,
     groups_of,
     in_mask,
+    is_near,
     load,
     parameter,
     power,
+    power_near,
     rows_of,
     scale_of,
     weights_of,
@@ -160,9 +162,11 @@ def tile_pass(
                 if LOGPROBS:
                     top = tl.max(x)
                     own_tops = own_tops + (top,)
-                    own_sums = own_sums + (tl.sum(power(x, finite_or_zero(top), log2e)),)
+                    own_sums = own_sums + (tl.sum(power_near(x, top, log2e)),)
+                    usual = usual & is_near(top, log2e)
         # 2. A z that is not finite, or an operand that is not, makes this sum NaN.
-        usual = tl.sum(z * 0.0) == 0
+        top = tl.max(z)
+        usual = usual & (tl.sum(z * 0.0) == 0) & is_near(top, scale)
         if masked > 0:
             may = in_mask(mask_row, mask_strides[1], masked, v, v8)
             usual = usual & (tl.min(may.to(tl.int32)) > 0)
@@ -173,13 +177,11 @@ def tile_pass(
         if usual:
             if FILTERED:
                 tops = tl.max(tl.max(z, 2), 1)
-                top = tl.max(tops)
-                sums = tl.sum(tl.sum(power(z, top, scale), 2), 1)
+                sums = tl.sum(tl.sum(power_near(z, top, scale), 2), 1)
                 total = tl.sum(sums)
                 _store_groups(workspace, tiles, tile, tops, sums, OPERANDS)
             else:
-                top = tl.max(z)
-                total = tl.sum(power(z, top, scale))
+                total = tl.sum(power_near(z, top, scale))
             _store(workspace, tiles, tile, top, total, TILE, OPERANDS)
     if usual == 0:
         _token_by_token(
