@@ -465,3 +465,21 @@ def test_loading_errors(tokenizer, tmp_path):
 def test_mixed_precision_operands(tokenizer):
     decoder = GuidedDecoder(make_model(), tokenizer, {"a": make_model(seed=1).bfloat16()})
     assert len(decoder.generate("a", max_new_tokens=5).tokens[0]) == 5
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_tokens_of_the_cpu():
+    """In float32, sampled, for the bundled models; matrix products differ in their last bits, so that a draw may too."""
+    assert torch.cuda.is_available(), "needs an NVIDIA GPU"
+    arms = {name: bundled.path(name) for name in ("helpful", "polite")}
+    questions = [[{"role": "user", "content": question}] for question in ("How do I sleep better?", "How do I bake?")]
+    results = [
+        GuidedDecoder.from_pretrained(bundled.path("base"), arms=arms, device=device, dtype="float32").generate(
+            messages=questions, weights={"helpful": 1.0, "polite": 0.5}, max_new_tokens=64, top_p=0.9, seed=3
+        )
+        for device in ("cpu", "cuda")
+    ]
+    assert results[0].texts == results[1].texts
+    for name in arms:
+        for mine, other in zip(*(result.rewards[name] for result in results), strict=True):
+            np.testing.assert_allclose(mine, other, rtol=0, atol=1e-3)
