@@ -469,7 +469,7 @@ def test_mixed_precision_operands(tokenizer):
 
 @pytest.mark.gpu
 def test_a_gpu_gives_the_tokens_of_the_cpu():
-    """In float32, sampled, for the bundled models; matrix products differ in their last bits, so that a draw may too."""
+    """In float32, sampled, for the bundled models; products differ in their last bits, so that a draw may too."""
     assert torch.cuda.is_available(), "needs an NVIDIA GPU"
     arms = {name: bundled.path(name) for name in ("helpful", "polite")}
     questions = [[{"role": "user", "content": question}] for question in ("How do I sleep better?", "How do I bake?")]

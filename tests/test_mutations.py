@@ -518,7 +518,7 @@ TRITON_MUTATIONS = {
         "test_random_cases and 0",
     ),
     "-inf not blocked": ("common.py", "tl.where(x == -INF, state | 1, state)", "state", "test_random_cases and 0"),
-    "NaN not seen": ("common.py", "tl.where(x < INF, state, state | 2)", "state", "test_random_cases and 0"),
+    "NaN not seen": ("common.py", "tl.where(x < INF, state, state | 2)", "state", "test_which_poison"),
     "mask's bits reversed": (
         "common.py",
         "(words >> (v & 31))",
@@ -541,9 +541,9 @@ TRITON_MUTATIONS = {
         "common.py",
         "sums.to(tl.float64) * tl.exp2(exponent)",
         "sums.to(tl.float64)",
-        "test_same_as_the_reference and 0",
+        "test_random_cases and 0",
     ),
-    "seed's number without the row": ("row_pass.py", "numbers[4] + row", "numbers[4]", "test_parameters_per_row"),
+    "seed's number without the row": ("row_pass.py", "numbers[4] + row", "numbers[4]", "test_random_cases and 0"),
     "position without effect": ("common.py", "(position & 0xFFFFFFFF)", "(position & 0)", "test_same_as_the_reference"),
     "purposes mixed": ("common.py", "tile * 0 + PURPOSE", "tile * 0", "test_same_as_the_reference and 0"),
     "no Kahan": (
@@ -588,10 +588,10 @@ TRITON_MUTATIONS = {
         "above = above",
         "test_rows_that_overflow",
     ),
-    "the search stops early": (
+    "the search takes one more": (
         "row_pass.py",
-        "while low_key < high_key:",
-        "while low_key + 1 < high_key:",
+        "reached = at >= target",
+        "reached = at > target",
         "test_rows_that_overflow",
     ),
     "keys that do not order negatives": (
@@ -600,10 +600,28 @@ TRITON_MUTATIONS = {
         "bits",
         "test_rows_that_overflow",
     ),
-    "the buffer's end forgotten": (
+    "a full buffer taken for all": (
         "row_pass.py",
-        "fits = stays & (place < CANDIDATES)",
-        "fits = stays & (place < CANDIDATES - 1)",
+        "buffered = count <= CANDIDATES\n    listed",
+        "buffered = count <= 2 * CANDIDATES\n    listed",
+        "test_rows_that_overflow",
+    ),
+    "one block of groups listed": (
+        "row_pass.py",
+        "place = listed + tl.cumsum",
+        "place = tl.cumsum",
+        "test_rows_that_overflow",
+    ),
+    "one block of tiles merged": (
+        "common.py",
+        "total += tl.sum(relative",
+        "total = tl.sum(relative",
+        "test_rows_that_overflow",
+    ),
+    "one block of tiles raced": (
+        "row_pass.py",
+        "tl.where(soonest < best, first, winner)",
+        "first",
         "test_rows_that_overflow",
     ),
     "groups' weights of before": (

@@ -336,7 +336,7 @@ def _filter(
     """The threshold from which on tokens are kept, how many they are and their mass; and the tile that wins the race,
     or -1: it is to be run on the groups' weights.
     """
-    READ: tl.constexpr = 32 if OPERANDS < 4 else 16  # groups at a time where logits are read; more would spill
+    READ: tl.constexpr = 32 if OPERANDS < 4 else 16 if OPERANDS < 8 else 8  # groups read at a time; more would spill
     share = top_p.to(tl.float64)
     top64 = top.to(tl.float64)
     spread = temperature.to(tl.float64)  # of z for a factor e in p
