@@ -42,6 +42,7 @@ MAIN_VOCAB = 128256
 TEMPERATURE, WEIGHT = 0.8, 0.7
 _DISTINCT_ROWS = 17
 _STEPS, _REPLAYS = 20, 15
+DEVICE = "cuda"
 
 # Microseconds on an H200: V = 128256, N = 1, peaked rows, cold. "auto" is to meet them.
 TARGETS = {
@@ -145,7 +146,7 @@ def distinct(vocab: int, logits: str) -> Tensor:
     x = make_logits("peaked", (_DISTINCT_ROWS, vocab), seed=vocab, device="cpu")
     if logits == "flat":  # all within 0.1: nothing to bound a filter with
         x = 0.1 * torch.rand(_DISTINCT_ROWS, vocab, generator=torch.Generator().manual_seed(vocab)) - 0.05
-    return x.to("cuda", torch.bfloat16)
+    return x.to(DEVICE, torch.bfloat16)
 
 
 def inputs(case: Case, sets: int) -> list[tuple[Tensor, list[Tensor]]]:
@@ -188,7 +189,7 @@ def check(case: Case, step: Step) -> None:
     """AssertionError unless a backend draws the reference's tokens, in up to 4 rows."""
     base, arms = inputs(case, 1)[0]
     got = step(base, arms, 3)
-    rows = torch.linspace(0, case.batch - 1, min(4, case.batch), device="cuda").long()
+    rows = torch.linspace(0, case.batch - 1, min(4, case.batch), device=DEVICE).long()
     sampling = {"weights": [WEIGHT] * case.arms, "temperature": TEMPERATURE, **FILTERS[case.filters]}
     law = guided_step(base[rows], [arm[rows] for arm in arms], seed=rows, position=3, backend="reference", **sampling)
     assert torch.equal(got.token[rows], law.token), f"{case}: {got.token[rows].tolist()}, {law.token.tolist()}"

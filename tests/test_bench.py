@@ -229,3 +229,39 @@ def test_report_judges_the_targets(tmp_path):
 def test_report_names_a_file_without_times(tmp_path):
     with pytest.raises(SystemExit, match="no timed case"):
         report.read(raw_rows(tmp_path / "raw.json", {}))
+
+
+def test_gpu_kernels_without_a_gpu(tmp_path, monkeypatch, capsys):
+    """The GPU benchmark's way from cases to files, its clock replaced: every case is checked, failures are shown."""
+    from bench import gpu_kernels
+
+    def time_of(case, step):
+        if case.filters == "p=0.9" and case.cache == "warm":
+            raise RuntimeError("planted")
+        base, arms = gpu_kernels.inputs(case, 1)[0]
+        step(base, arms, 0)
+        return gpu_kernels.Time(case.batch, 1.0, 2.0)
+
+    for name, value in {
+        "VOCABS": (1500,), "MAIN_VOCAB": 1500, "BATCHES": (1, 64), "ARMS": (1,), "DEVICE": "cpu", "time_of": time_of,
+        "copy_bandwidth": lambda: 4000.0, "call_time": lambda name: 33.0, "compiled": gpu_kernels.eager,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(gpu_kernels, name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA None")
+    checked = []
+    monkeypatch.setattr(gpu_kernels, "available_backends", lambda: ("reference", "triton"))
+    monkeypatch.setattr(gpu_kernels, "check", lambda case, step: checked.append(case))
+    monkeypatch.setattr(gpu_kernels, "_ours", lambda name, sampling, *step: None)
+    monkeypatch.setattr("sys.argv", ["gpu_kernels", "--out", str(tmp_path)])
+    gpu_kernels.main()
+
+    kept, shown = json.loads((tmp_path / "kernels.json").read_text()), capsys.readouterr().out
+    assert len(kept["cases"]) == len(checked) == 2 * 2 * 4 * 2
+    assert kept["device"] == "NVIDIA None" and kept["call_us"] == {"triton": 33.0}
+    failed = [case for case in kept["cases"] if "triton" not in case]
+    assert failed and all(case["filters"] == "p=0.9" and case["cache"] == "warm" for case in failed)
+    assert "RuntimeError: planted" in shown
+    assert "triton none B=1: us: 1 (bound 9) holds" in shown and "triton none B=64: us: 64 (bound 14) MISSED" in shown
+    assert "triton none B=256: us: None (bound 42) not measured" in shown
+    assert "times faster than eager: 1.0 (bound 20) MISSED" in shown

@@ -606,12 +606,7 @@ TRITON_MUTATIONS = {
         "buffered = count <= 2 * CANDIDATES\n    listed",
         "test_rows_that_overflow",
     ),
-    "one block of groups listed": (
-        "row_pass.py",
-        "place = listed + tl.cumsum",
-        "place = tl.cumsum",
-        "test_rows_that_overflow",
-    ),
+    "one block of groups listed": ("row_pass.py", "listed += tl.sum(", "listed = tl.sum(", "test_rows_that_overflow"),
     "one block of tiles merged": (
         "common.py",
         "total += tl.sum(relative",

@@ -130,7 +130,7 @@ def test_a_call_is_quick(fake: dict[str, Any]) -> None:
 
 @pytest.fixture
 def small_buffers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Few candidates are many and blocks hold little: short rows go through every loop, in the buffer and the logits."""
+    """Few candidates are many and blocks hold little: short rows go through every loop, in buffer and logits."""
     import triton.language as tl
 
     from genarm_kernels.backends.triton import common, launch, row_pass

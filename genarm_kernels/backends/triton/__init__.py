@@ -20,8 +20,8 @@ def why_unavailable() -> str | None:
         return f"triton cannot be imported: {error}"
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
         return f"triton {triton.__version__} is older than 3.6"
-    if not torch.cuda.is_available() and not interpreted():
-        return "no CUDA GPU (TRITON_INTERPRET=1 runs the kernels on a CPU, for tests)"
+    if not interpreted() and (torch.version.cuda is None or not torch.cuda.is_available()):
+        return "no NVIDIA GPU (TRITON_INTERPRET=1 runs the kernels on a CPU, for tests)"
     return None
 
 
