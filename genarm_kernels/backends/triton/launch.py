@@ -163,8 +163,9 @@ class _on:  # noqa: N801 - read as a preposition; a generator would cost a call 
 
     def __enter__(self) -> Stream:
         self._device.__enter__()
+        stream = Stream(self._index, 0 if INTERPRETED else driver.active.get_current_stream(self._index))
         self._lock.acquire()
-        return Stream(self._index, 0 if INTERPRETED else driver.active.get_current_stream(self._index))
+        return stream
 
     def __exit__(self, *exception: Any) -> None:
         self._lock.release()
