@@ -31,7 +31,7 @@ from bench.baselines import compiled, eager
 from genarm_kernels import available_backends, guided_step
 from genarm_kernels.testing import make_logits
 
-VOCABS, BATCHES, ARMS = (32000, 128256, 151936, 256000), (1, 8, 64, 256), (1, 2, 3)
+VOCABS, BATCHES, ARMS = (128256, 32000, 50257, 151936, 256000), (1, 8, 64, 256), (1, 2, 3)
 FILTERS: dict[str, dict[str, Any]] = {
     "none": {},
     "k+p": {"top_k": 50, "top_p": 0.9},
@@ -248,17 +248,24 @@ def call_time(name: str) -> float:
 def environment() -> dict[str, Any]:
     import triton
 
-    describe = ("git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*")
-    git = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return {
         "device": torch.cuda.get_device_name(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "commit": os.environ.get("GENARM_COMMIT") or git.stdout.strip() or "unknown",
+        "commit": os.environ.get("GENARM_COMMIT") or commit(),
         "copy_gb_s": copy_bandwidth(),
         "call_us": {name: call_time(name) for name in available_backends() if name in ("triton", "cuda")},
     }
+
+
+def commit() -> str:
+    describe = ("git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*")
+    try:
+        git = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return git.stdout.strip()
 
 
 def show(case: Case, times: dict[str, Time], copy_gb_s: float, table: Table) -> None:
@@ -281,6 +288,14 @@ def verdicts(results: list[tuple[Case, dict[str, Time]]]) -> Iterator[tuple[str,
             yield f"{name} {filters} B=64: times faster than {rival}", bound, ratio
 
 
+def save(path: Path, about: dict[str, Any], results: list[tuple[Case, dict[str, Time]]]) -> None:
+    """One case a line."""
+    fields = {**about, "unit": "microseconds: median, p20, p80", "targets": list(verdicts(results))}
+    lines = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in fields.items()]
+    rows = ",\n    ".join(json.dumps(case._asdict() | times) for case, times in results)
+    path.write_text("\n".join(["{", *lines, '  "cases": [', "    " + rows, "  ]", "}", ""]))
+
+
 def tune(out: Path) -> None:
     """The kernels at other numbers of warps, cold, at the main vocabulary."""
     from genarm_kernels.backends.triton import launch
@@ -289,20 +304,22 @@ def tune(out: Path) -> None:
     grid = [Case(MAIN_VOCAB, batch, 1, f, "peaked", "cold") for batch in (1, 64, 256) for f in ("none", "k+p", "p=0.9")]
     for column in ("warps", *(f"{case.filters} B={case.batch}" for case in grid)):
         table.add_column(column)
-    kept, rows = dict(launch.OPTIONS), []
+    about, kept, rows = environment(), dict(launch.OPTIONS), []
     for tile_warps, row_warps in itertools.product((1, 2, 4), (8, 16)):
         launch.OPTIONS[launch.tile_pass] = {"num_warps": tile_warps}
         launch.OPTIONS[launch.row_pass] = {"num_warps": row_warps, "maxnreg": min(255, 2048 // row_warps)}
         launch._launcher.cache_clear()
-        times = [time_of(case, subjects(case)["triton"]).median for case in grid]
+        measured = [measure(case, "triton", subjects(case)["triton"]) for case in grid]
+        times = [None if t is None else t.median for t in measured]
         rows.append({"tile_warps": tile_warps, "row_warps": row_warps, "us": times})
-        table.add_row(f"{tile_warps}, {row_warps}", *(f"{t:.1f}" for t in times))
+        table.add_row(f"{tile_warps}, {row_warps}", *("" if t is None else f"{t:.1f}" for t in times))
+        print(rows[-1], flush=True)
     launch.OPTIONS.update(kept)
     launch._launcher.cache_clear()
     lines = ",\n  ".join(json.dumps(row) for row in rows)
     cases_line = json.dumps([case._asdict() for case in grid])
     (out / "tune.json").write_text(
-        f'{{"environment": {json.dumps(environment())},\n"cases": {cases_line},\n"rows": [\n  {lines}]}}\n'
+        f'{{"environment": {json.dumps(about)},\n"cases": {cases_line},\n"rows": [\n  {lines}]}}\n'
     )
     Console(width=170).print(table)
 
@@ -334,13 +351,9 @@ def main() -> None:
         times = {name: t for name, t in measured.items() if t is not None}
         results.append((case, times))
         show(case, times, about["copy_gb_s"], table)
+        print(json.dumps(case._asdict() | times), flush=True)
+        save(out / "kernels.json", about, results)  # whatever ends the run, what was measured is there
     claims = list(verdicts(results))
-    rows = [json.dumps(case._asdict() | times) for case, times in results]
-    body = {**about, "unit": "microseconds: median, p20, p80", "targets": claims}
-    lines = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in body.items()]
-    (out / "kernels.json").write_text(
-        "\n".join(["{", *lines, '  "cases": [', "    " + ",\n    ".join(rows), "  ]", "}", ""])
-    )
     console = Console(width=150)
     console.print(table)
     for text, bound, measured in claims:

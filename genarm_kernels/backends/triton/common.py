@@ -67,7 +67,8 @@ def rows_of(x_ptrs, x_strides, row, OPERANDS: tl.constexpr, ALIGNED: tl.constexp
 @triton.jit
 def scale_of(temperature):
     """p is 2^(scale (z - top)); temperature 0 has the log-probabilities of temperature 1."""
-    return tl.minimum(1.4426950408889634 / tl.where(temperature == 0, 1.0, temperature), MAX_FLOAT)
+    log2e = tl.full([], 1.4426950408889634, tl.float32)
+    return tl.minimum(tl.div_rn(log2e, tl.where(temperature == 0, 1.0, temperature)), MAX_FLOAT)
 
 
 # ---- The workspace -------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """From tensors to kernel launches: specialisations, arguments, the workspace. No host synchronisation anywhere."""
 
 import functools
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -39,8 +38,9 @@ class Specialisation(NamedTuple):
 
 
 # How a program is compiled, for every B, V and N: the order of the sums, and so a draw at a boundary, would depend on
-# them otherwise. One warp for a tile, so that no sum crosses a barrier. A bound on registers that is above what is
-# needed keeps ptxas from spilling for more programs on an SM. Not measured on a GPU yet (bench/results/README.md).
+# them otherwise. (It does depend on `aligned` and `filtered`, in the last bits.) One warp for a tile, so that no sum
+# crosses a barrier. A bound on registers that is above what is needed keeps ptxas from spilling for more programs on an
+# SM. Not measured on a GPU yet (bench/results/README.md).
 OPTIONS: dict[Any, dict[str, int]] = {
     tile_pass: {"num_warps": 1, "maxnreg": 168},
     row_pass: {"num_warps": 8, "maxnreg": 255},
@@ -129,58 +129,45 @@ def guided_step(
 ) -> None:
     """Two launches; `outputs` in the order of the operator's."""
     rows, tiles = base.shape[0], -(-vocab // rng.TILE)
-    with _on(base) as stream:
-        spec, args = _arguments(stream, base, arms, vocab, logprobs, filtered, *parameters)
-        _launch(tile_pass, spec, stream, rows * tiles, args)
-        _launch(row_pass, spec, stream, rows, (*args, *map(_address, outputs), int(logprobs)))
+    with torch.cuda.device(base.get_device()):  # nothing at -1, the CPU
+        workspace = _workspace(base, rows * workspace_words(tiles, 1 + len(arms), filtered))
+        spec, args = _arguments(workspace, base, arms, vocab, logprobs, filtered, *parameters)
+        _launch(tile_pass, spec, base, rows * tiles, args)
+        _launch(row_pass, spec, base, rows, (*args, *map(_address, outputs), int(logprobs)))
 
 
 def guided_log_softmax(logp: Tensor, base: Tensor, arms: Sequence[Tensor], vocab: int, *parameters: Any) -> None:
     """Two launches."""
     (rows, width), tiles = base.shape, -(-vocab // rng.TILE)
     parts = -(-width // (rng.TILE * TILES_A_PROGRAM.value))
-    with _on(base) as stream:
-        spec, args = _arguments(stream, base, arms, vocab, False, False, *parameters)
-        _launch(tile_pass, spec, stream, rows * tiles, args)
-        _launch(whole_row_pass, spec, stream, rows * parts, (*args, _address(logp), width))
+    with torch.cuda.device(base.get_device()):
+        workspace = _workspace(base, rows * workspace_words(tiles, 1 + len(arms), False))
+        spec, args = _arguments(workspace, base, arms, vocab, False, False, *parameters)
+        _launch(tile_pass, spec, base, rows * tiles, args)
+        _launch(whole_row_pass, spec, base, rows * parts, (*args, _address(logp), width))
 
 
-class Stream(NamedTuple):
-    device: int
-    handle: int
+def _workspace(like: Tensor, words: int) -> tuple[Tensor, Tensor]:
+    """`words` float32, also as int64, for one call.
 
-
-class _on:  # noqa: N801 - read as a preposition; a generator would cost a call half as much again
-    """The tensor's device as the current one, and its current stream, for one caller at a time: what a thread launches
-    on a stream's workspace must stay together.
+    From PyTorch's allocator, which keeps a cache for each stream. One of our own, held across calls, would save 2 us and
+    break under CUDA graphs with private memory pools (torch.compile's among them) and for threads on one stream.
     """
-
-    _lock = threading.Lock()
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._index = tensor.get_device()
-        self._device = torch.cuda.device(self._index)  # nothing at -1, the CPU
-
-    def __enter__(self) -> Stream:
-        self._device.__enter__()
-        stream = Stream(self._index, 0 if INTERPRETED else driver.active.get_current_stream(self._index))
-        self._lock.acquire()
-        return stream
-
-    def __exit__(self, *exception: Any) -> None:
-        self._lock.release()
-        self._device.__exit__(*exception)
+    ints = like.new_empty((words + 1) // 2, dtype=torch.int64)
+    return (ints.view(torch.float32) if INTERPRETED else ints), ints
 
 
-def _launch(kernel: Any, spec: Specialisation, stream: Stream, programs: int, args: tuple[Any, ...]) -> None:
+def _launch(kernel: Any, spec: Specialisation, base: Tensor, programs: int, args: tuple[Any, ...]) -> None:
+    """On the current stream of the tensor's device, which is the current one."""
     if INTERPRETED:
         kernel[(programs,)](*args, **_constants(kernel, spec))
         return
-    _launcher(kernel, spec, stream.device)(programs, stream.handle, args)
+    device = base.get_device()
+    _launcher(kernel, spec, device)(programs, driver.active.get_current_stream(device), args)
 
 
 def _arguments(
-    stream: Stream,
+    workspace: tuple[Tensor, Tensor],
     base: Tensor,
     arms: Sequence[Tensor],
     vocab: int,
@@ -196,18 +183,18 @@ def _arguments(
     the order of the bits of `given` (common.py).
     """
     operands = (base, *arms)
-    rows, size = base.shape[0], base.element_size()
+    size = base.element_size()
     strides = tuple([x.stride(0) for x in operands])
     misaligned = 0
     for x, stride in zip(operands, strides, strict=True):
-        misaligned |= x.data_ptr() | (stride * size if rows > 1 else 0)
+        misaligned |= x.data_ptr() | stride * size
     spec = Specialisation(base.dtype, len(operands), logprobs, filtered, misaligned % 16 == 0)
     words = workspace_words(-(-vocab // rng.TILE), len(operands), filtered)
-    workspace, unused_ints = map(_address, _workspace(stream, base, words * rows))
+    floats, unused_ints = map(_address, workspace)
 
     # A parameter that is not `given` is not read; its address only has the right type.
     given = 0
-    pointers, row_strides = [workspace] * 4 + [unused_ints] * 3 + [workspace], [0] * 9
+    pointers, row_strides = [floats] * 4 + [unused_ints] * 3 + [floats], [0] * 9
     for i, tensor in enumerate(row_tensors):
         if tensor is not None:
             given |= 1 << i
@@ -227,27 +214,6 @@ def _arguments(
         (0, 0) if token_mask is None else token_mask.stride(),
         0 if token_mask is None else vocab,
         vocab,
-        workspace,
+        floats,
         words,
     )
-
-
-_workspaces: dict[Stream, tuple[Tensor, Tensor]] = {}
-
-
-def _workspace(stream: Stream, like: Tensor, words: int) -> tuple[Tensor, Tensor]:
-    """At least `words` float32, also as int64: one workspace for each device and stream, which only ever grows.
-
-    A capturing stream gets its own from the graph's pool: it lives as long as the graph, whatever is called later.
-    """
-    if like.is_cuda and torch.cuda.is_current_stream_capturing():
-        return _allocate(like, words)
-    workspace = _workspaces.get(stream)
-    if workspace is None or workspace[0].numel() < words:
-        workspace = _workspaces[stream] = _allocate(like, words)
-    return workspace
-
-
-def _allocate(like: Tensor, words: int) -> tuple[Tensor, Tensor]:
-    ints = like.new_empty((words + 1) // 2, dtype=torch.int64)
-    return ints.view(torch.float32), ints

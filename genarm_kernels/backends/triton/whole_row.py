@@ -75,6 +75,6 @@ def whole_row_pass(
         may = inside & in_mask(mask_row, mask_strides[1], masked, v, v)
         z, _ = combine(load(x_rows, v, inside, 0, OPERANDS), row_weights, may, OPERANDS)
         # In halves: the difference of two float32 may be twice the largest.
-        logp = (z * 0.5 - top * 0.5) / temperature * 2.0 - log_mass.to(tl.float32)
+        logp = tl.div_rn(z * 0.5 - top * 0.5, temperature) * 2.0 - log_mass.to(tl.float32)
         logp = tl.where(spoilt, NAN, tl.where(z == -INF, -INF, logp))
         tl.store(logp_ptr + row * width + v, logp, mask=v < width)
