@@ -150,8 +150,8 @@ def guided_log_softmax(logp: Tensor, base: Tensor, arms: Sequence[Tensor], vocab
 def _workspace(like: Tensor, words: int) -> tuple[Tensor, Tensor]:
     """`words` float32, also as int64, for one call.
 
-    From PyTorch's allocator, which keeps a cache for each stream. One of our own, held across calls, would save 2 us and
-    break under CUDA graphs with private memory pools (torch.compile's among them) and for threads on one stream.
+    From PyTorch's allocator, which keeps a cache for each stream. One of our own, held across calls, would save 2 us
+    and break under CUDA graphs with private memory pools (torch.compile's among them) and for threads on one stream.
     """
     ints = like.new_empty((words + 1) // 2, dtype=torch.int64)
     return (ints.view(torch.float32) if INTERPRETED else ints), ints
