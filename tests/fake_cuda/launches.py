@@ -1,4 +1,3 @@
-# ruff: noqa: E402 - the driver comes before whatever might load another
 """Calls the Triton backend through Triton's real compiler and launcher, the driver beneath being libcuda.c.
 
 `launches.py LIBCUDA` prints JSON: the launches of some calls with their arguments, and what a call takes.
@@ -9,8 +8,6 @@ import json
 import sys
 import time
 from typing import Any
-
-fake = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -45,6 +42,7 @@ HOOK = ctypes.CFUNCTYPE(None, ctypes.POINTER(Launch), ctypes.POINTER(ctypes.c_vo
 
 
 def main() -> None:
+    fake = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)  # before Triton asks for one
     driver.set_active(Driver())
     backends.why_unavailable = lambda name: None
     backends._DEVICES["triton"] = ("cpu",)  # tensors of the CPU stand for a GPU's: only their addresses count
