@@ -17,6 +17,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -324,7 +325,7 @@ def tune(out: Path) -> None:
     Console(width=170).print(table)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=None, help="folder of the JSON; default bench/results/<device>")
     parser.add_argument("--tune", action="store_true", help="time other numbers of warps instead")
@@ -337,7 +338,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     if options.tune:
         tune(out)
-        return
+        return 0
 
     about = environment()
     table = Table(title="\n".join(f"{name}: {value}" for name, value in about.items()), title_justify="left")
@@ -361,6 +362,11 @@ def main() -> None:
         state = "not measured" if measured is None else "holds" if holds else "MISSED"
         console.print(f"{text}: {measured if measured is None else round(measured, 1)} (bound {bound}) {state}")
 
+    ours = [name for name in available_backends() if name in ("triton", "cuda")]
+    failed = [f"{case} {name}" for case, times in results for name in ours if name not in times]
+    console.print(f"{len(failed)} cases failed on a backend of ours", *failed, sep="\n")
+    return 1 if failed else 0
+
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

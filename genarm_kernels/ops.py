@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .outputs import empty_step, empty_whole
 
 _LIBRARY = torch.library.Library("genarm_kernels", "DEF")
 
@@ -58,23 +59,7 @@ def _guided_step(backend: str, base_logits: Tensor, *args: Any) -> tuple[Tensor,
 def _guided_step_fake(
     backend: str, base_logits: Tensor, arm_logits: list[Tensor], vocab_size: int, logprobs: bool, *args: Any
 ) -> tuple[Tensor, ...]:
-    rows = base_logits.shape[0]
-
-    def field(dtype: torch.dtype, *shape: int) -> Tensor:
-        return base_logits.new_empty(shape, dtype=dtype)
-
-    def float_field(*shape: int) -> Tensor:
-        return field(torch.float32, *shape) if logprobs else field(torch.float32, 0)
-
-    return (
-        field(torch.int64, rows),
-        float_field(rows),
-        float_field(rows),
-        field(torch.int32, rows),
-        float_field(rows),
-        float_field(rows, len(arm_logits)),
-        field(torch.int32, rows),
-    )
+    return empty_step(base_logits, len(arm_logits), logprobs)
 
 
 @torch.library.impl(_LIBRARY, "guided_log_softmax", "CompositeExplicitAutograd")
@@ -84,7 +69,7 @@ def _guided_log_softmax(backend: str, base_logits: Tensor, *args: Any) -> Tensor
 
 @torch.library.register_fake("genarm_kernels::guided_log_softmax", lib=_LIBRARY)
 def _guided_log_softmax_fake(backend: str, base_logits: Tensor, *args: Any) -> Tensor:
-    return torch.empty_like(base_logits, dtype=torch.float32, memory_format=torch.contiguous_format)
+    return empty_whole(base_logits)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

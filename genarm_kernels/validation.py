@@ -78,8 +78,7 @@ def weights(value: Any, base: Tensor, n_arms: int) -> tuple[list[float], Tensor 
 def float_rows(name: str, value: Any, base: Tensor, low: float = -math.inf, high: float = math.inf) -> FloatRows:
     """A float parameter; a number must be finite and lie in [low, high]."""
     if isinstance(value, Tensor):
-        rows = _rows(name, value, base, floating=True)
-        return 0.0, rows if rows.dtype is torch.float32 else rows.float()
+        return 0.0, _rows(name, value, base, floating=True)
     value = _float(name, value)
     if not low <= value <= high:
         bounds = f"from {low:g} to {high:g}" if high < math.inf else "above 0" if low > 0 else f"at least {low:g}"
@@ -90,8 +89,7 @@ def float_rows(name: str, value: Any, base: Tensor, low: float = -math.inf, high
 def int_rows(name: str, value: Any, base: Tensor) -> IntRows:
     """An int parameter that holds for every row, clamped to int64 (top_k: any int is a meaning)."""
     if isinstance(value, Tensor):
-        rows = _rows(name, value, base, floating=False)
-        return 0, rows if rows.dtype is torch.int64 else rows.long()
+        return 0, _rows(name, value, base, floating=False)
     value = _int(name, value)
     return value if -(2**63) <= value < 2**63 else (2**63 - 1 if value > 0 else -(2**63)), None
 
@@ -100,7 +98,6 @@ def counter_rows(name: str, value: Any, base: Tensor, per_row: bool = False) -> 
     """A 64-bit parameter of the random numbers, wrapped to int64. `per_row`: a number s gives row b the value s + b."""
     if isinstance(value, Tensor):
         rows = _rows(name, value, base, floating=False)
-        rows = rows if rows.dtype is torch.int64 else rows.long()
         if per_row and value.dim() == 0:
             rows = rows + torch.arange(base.shape[0], device=base.device)
         return 0, rows
@@ -174,8 +171,11 @@ def _rows(name: str, value: Tensor, base: Tensor, floating: bool) -> Tensor:
     _parameter_tensor(name, value, base, floating)
     if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != rows):
         raise ValueError(f"{name}: expected a number or a tensor of shape [{rows}], got {_kind(value)}")
+    # Each operation left out is a microsecond of a call.
     value = value.detach() if value.requires_grad else value
-    return value if value.dim() else value.expand(rows)
+    value = value if value.dim() else value.expand(rows)
+    wanted = torch.float32 if floating else torch.int64
+    return value if value.dtype is wanted else value.to(wanted)
 
 
 def _parameter_tensor(name: str, value: Tensor, base: Tensor, floating: bool) -> None:

@@ -254,14 +254,14 @@ def test_gpu_kernels_without_a_gpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_kernels, "check", lambda case, step: checked.append(case))
     monkeypatch.setattr(gpu_kernels, "_ours", lambda name, sampling, *step: None)
     monkeypatch.setattr("sys.argv", ["gpu_kernels", "--out", str(tmp_path)])
-    gpu_kernels.main()
+    assert gpu_kernels.main() == 1
 
     kept, shown = json.loads((tmp_path / "kernels.json").read_text()), capsys.readouterr().out
     assert len(kept["cases"]) == len(checked) == 2 * 2 * 4 * 2
     assert kept["device"] == "NVIDIA None" and kept["call_us"] == {"triton": 33.0}
     failed = [case for case in kept["cases"] if "triton" not in case]
     assert failed and all(case["filters"] == "p=0.9" and case["cache"] == "warm" for case in failed)
-    assert "RuntimeError: planted" in shown
+    assert "RuntimeError: planted" in shown and f"{len(failed)} cases failed on a backend of ours" in shown
     assert "triton none B=1: us: 1 (bound 9) holds" in shown and "triton none B=64: us: 64 (bound 14) MISSED" in shown
     assert "triton none B=256: us: None (bound 42) not measured" in shown
     assert "times faster than eager: 1.0 (bound 20) MISSED" in shown

@@ -299,8 +299,8 @@ MUTATIONS = {
     ),
     "int32 parameters read as int64": (
         "validation.py",
-        "rows = _rows(name, value, base, floating=False).long()",
-        "rows = _rows(name, value, base, floating=False).repeat(2).view(torch.int64)[:len(base)].contiguous()",
+        "else value.to(wanted)",
+        "else value.to(wanted) if floating else value.repeat(2).view(wanted)[:rows].contiguous()",
         "test_int32_seed",
     ),
     "half precision": (
@@ -414,15 +414,15 @@ MUTATIONS = {
         "test_a_named_backend",
     ),
     "a fake that drifted": (
-        "ops.py",
-        "field(torch.int64, rows)",
-        "field(torch.int32, rows)",
+        "outputs.py",
+        "empty(rows, dtype=torch.int64)",
+        "empty(rows, dtype=torch.int32)",
         "test_opcheck and guided_step-True",
     ),
     "a fake of another shape": (
-        "ops.py",
-        "return torch.empty_like(base_logits, dtype=torch.float32",
-        "return torch.empty_like(base_logits[:, :5], dtype=torch.float32",
+        "outputs.py",
+        "return torch.empty_like(base, dtype=torch.float32",
+        "return torch.empty_like(base[:, :5], dtype=torch.float32",
         "test_opcheck and guided_log_softmax-True",
     ),
     "host synchronisation": (

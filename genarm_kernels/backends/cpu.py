@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..outputs import empty_step, empty_whole
+
 _import_error: ImportError | None = None
 try:
     from .. import _cpu
@@ -33,18 +35,11 @@ def instruction_set() -> str | None:
 def guided_step(
     base_logits: Tensor, arm_logits: list[Tensor], vocab_size: int, logprobs: bool, *parameters: Any
 ) -> tuple[Tensor, ...]:
-    rows = base_logits.shape[0]
-    some = rows if logprobs else 0
-    empty = base_logits.new_empty
-    token, status = empty(rows, dtype=torch.int64), empty(rows, dtype=torch.int32)
-    logprob, log_mass = empty(some, dtype=torch.float32), empty(some, dtype=torch.float32)
-    kept, base_logprob = empty(rows, dtype=torch.int32), empty(some, dtype=torch.float32)
-    arm_logprobs = empty(some, len(arm_logits), dtype=torch.float32) if logprobs else empty(0, dtype=torch.float32)
-    outputs = token, logprob, log_mass, kept, base_logprob, arm_logprobs, status
+    outputs = empty_step(base_logits, len(arm_logits), logprobs)
     _cpu.guided_step(
         _DTYPES[base_logits.dtype],
         torch.get_num_threads(),
-        rows,
+        base_logits.shape[0],
         *outputs,
         base_logits,
         arm_logits,
@@ -56,12 +51,11 @@ def guided_step(
 
 
 def guided_log_softmax(base_logits: Tensor, arm_logits: list[Tensor], vocab_size: int, *parameters: Any) -> Tensor:
-    rows = base_logits.shape[0]
-    logp = torch.empty_like(base_logits, dtype=torch.float32, memory_format=torch.contiguous_format)
+    logp = empty_whole(base_logits)
     _cpu.guided_log_softmax(
         _DTYPES[base_logits.dtype],
         torch.get_num_threads(),
-        rows,
+        base_logits.shape[0],
         logp,
         base_logits,
         arm_logits,

@@ -11,6 +11,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ...outputs import empty_step, empty_whole
+
 
 def why_unavailable() -> str | None:
     """None when the kernels can run here, otherwise the reason in words."""
@@ -58,19 +60,8 @@ def guided_step(
     seed_rows: Tensor | None,
     position_rows: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    rows = base_logits.shape[0]
-    some = rows if logprobs else 0
-    empty = base_logits.new_empty
-    outputs = (
-        empty(rows, dtype=torch.int64),
-        empty(some, dtype=torch.float32),
-        empty(some, dtype=torch.float32),
-        empty(rows, dtype=torch.int32),
-        empty(some, dtype=torch.float32),
-        empty((some, len(arm_logits)) if logprobs else 0, dtype=torch.float32),
-        empty(rows, dtype=torch.int32),
-    )
-    if rows:
+    outputs = empty_step(base_logits, len(arm_logits), logprobs)
+    if len(base_logits):
         in_tensors = (top_k_rows, top_p_rows, min_p_rows)
         filtered = any(x is not None for x in in_tensors) or 0 < top_k < vocab_size or top_p < 1 or min_p > 0
         _launch().guided_step(
@@ -101,7 +92,7 @@ def guided_log_softmax(
     base_weight_rows: Tensor | None,
     temperature_rows: Tensor | None,
 ) -> Tensor:
-    logp = torch.empty_like(base_logits, dtype=torch.float32, memory_format=torch.contiguous_format)
+    logp = empty_whole(base_logits)
     if len(logp):
         _launch().guided_log_softmax(
             logp,

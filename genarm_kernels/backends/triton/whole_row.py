@@ -63,7 +63,7 @@ def whole_row_pass(
     for i in tl.static_range(OPERANDS):
         valid = valid & (tl.abs(row_weights[i]) < INF)
     scale = scale_of(temperature)
-    tops, masses, references, allowed, fewest = merge(workspace, tiles, scale, 1, OPERANDS, 1, TILES)  # noqa: RUF059
+    tops, masses, references, _allowed, fewest = merge(workspace, tiles, scale, 1, OPERANDS, 1, TILES)
     top = pick(tops, 0)
     spoilt = (fewest < 0) | (valid == 0)
     log_mass = tl.log(pick(masses, 0)) + (pick(references, 0) - top.to(tl.float64) * scale.to(tl.float64)) * LN2
