@@ -5,8 +5,9 @@ from torch import Tensor
 
 
 def empty_step(base: Tensor, n_arms: int, logprobs: bool) -> tuple[Tensor, ...]:
-    """The fields of `GuidedStep` in their order, unfilled. What `logprobs=False` leaves out is an empty tensor each: the
-    outputs of an operator must not alias.
+    """The fields of `GuidedStep` in their order, unfilled.
+
+    What `logprobs=False` leaves out is an empty tensor each: the outputs of an operator must not alias.
     """
     rows, empty = base.shape[0], base.new_empty
     some = rows if logprobs else 0
