@@ -21,9 +21,11 @@ constexpr float kRound = 12582912.0f;
 constexpr double kLn2 = 0.69314718055994530942;
 
 struct BFloat16 {
+  static constexpr uint16_t kMinusInfinity = 0xFF80;
   uint16_t bits;
 };
 struct Float16 {
+  static constexpr uint16_t kMinusInfinity = 0xFC00;
   uint16_t bits;
 };
 
@@ -42,10 +44,16 @@ GENARM_HD float float_of(uint32_t bits) {
 GENARM_HD float to_float(float x) { return x; }
 GENARM_HD float to_float(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 GENARM_HD float to_float(Float16 x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+#else
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16, rest = x.bits & 0x7FFFu;
   if (rest >= 0x7C00u) return float_of(sign | 0x7F800000u | rest << 13);  // infinity, NaN
   // Subnormals come out right too: the exponent is moved by an exact multiplication.
   return float_of(sign | bits_of(float_of(rest << 13) * 0x1p112f));
+#endif
 }
 
 // Unsigned integers in the order of floats; -0 and +0 are one key. No NaN.

@@ -2,7 +2,7 @@
 #include <atomic>
 #include <cstdlib>
 
-#include "cpu/error.h"
+#include "common/check.h"
 #include "cpu/row_kernel.h"
 #if defined(__SSE2__)
 #include <emmintrin.h>
@@ -67,10 +67,6 @@ class Arena {
   size_t used_ = 0;
 };
 
-// A parameter that is not given has its neutral value.
-float value(genarm_floats p, int64_t row, float neutral) { return p.data ? p.data[row * p.stride] : neutral; }
-int64_t value(genarm_ints p, int64_t row) { return p.data ? p.data[row * p.stride] : 0; }
-
 float weight(const genarm_inputs& in, int64_t row, int64_t operand) {
   return operand == 0 ? value(in.base_weight, row, 1)
                       : in.weights[row * in.weights_row_stride + (operand - 1) * in.weights_arm_stride];
@@ -81,66 +77,11 @@ const void* logits(const genarm_inputs& in, int64_t row, int64_t operand) {
   return static_cast<const char*>(in.logits[operand].data) + row * in.logits[operand].row_stride * size;
 }
 
-genarm_result check(const genarm_inputs& in, size_t size, genarm_error* error) {
-  const auto invalid = [error](const char* text) { return fail(error, GENARM_INVALID_ARGUMENT, "%s", text); };
-  if (in.struct_size != size) {
-    return fail(error, GENARM_INVALID_ARGUMENT, "struct_size: expected %zu (ABI version %d), got %zu", size,
-                GENARM_ABI_VERSION, in.struct_size);
-  }
-  if (in.dtype != GENARM_FLOAT32 && in.dtype != GENARM_BFLOAT16 && in.dtype != GENARM_FLOAT16) {
-    return fail(error, GENARM_INVALID_ARGUMENT, "dtype: expected a genarm_dtype, got %d", static_cast<int>(in.dtype));
-  }
-  if (in.rows < 0) return invalid("rows: expected at least 0");
-  if (in.vocab_size < 1 || in.vocab_size > INT32_MAX) return invalid("vocab_size: expected 1 to 2^31 - 1");
-  if (in.arms < 0 || in.arms >= INT32_MAX) return invalid("arms: expected at least 0, and fewer than 2^31");
-  if (in.rows == 0) return GENARM_OK;
-  if (!in.logits) return invalid("logits: expected 1 + arms of them, got NULL");
-  for (int64_t i = 0; i <= in.arms; ++i) {
-    if (!in.logits[i].data) return fail(error, GENARM_INVALID_ARGUMENT, "logits[%lld].data is NULL", (long long)i);
-  }
-  if (in.arms > 0 && !in.weights) return invalid("weights is NULL");
-  if (in.executor.run && in.executor.threads < 1) return invalid("executor.threads: expected at least 1");
-  if (!kernels_of(in.isa)) {
-    return fail(error, GENARM_UNSUPPORTED, "isa: this machine does not run %s",
-                in.isa == GENARM_ISA_AUTO ? "what GENARM_CPU_ISA names (portable, avx2 or avx512)" : "that one");
-  }
-  return GENARM_OK;
-}
-
-genarm_result check(const genarm_guided_step_args& args, genarm_error* error) {
-  const genarm_result result = check(args.in, sizeof args, error);
-  if (result != GENARM_OK || args.in.rows == 0) return result;
-  const auto missing = [error](const char* name) { return fail(error, GENARM_INVALID_ARGUMENT, "%s is NULL", name); };
-  if (!args.token) return missing("token");
-  if (!args.kept) return missing("kept");
-  if (!args.status) return missing("status");
-  const int given = !!args.logprob + !!args.log_mass + !!args.base_logprob;
-  const bool arms_given = args.in.arms > 0 && args.arm_logprobs;
-  if (given == 0 ? arms_given : given != 3 || (args.in.arms > 0 && !arms_given)) {
-    return fail(error, GENARM_INVALID_ARGUMENT,
-                "logprob, log_mass, base_logprob and arm_logprobs: expected all of them or none");
-  }
-  return GENARM_OK;
-}
-
-genarm_result check(const genarm_guided_log_softmax_args& args, genarm_error* error) {
-  const genarm_result result = check(args.in, sizeof args, error);
-  if (result == GENARM_OK && args.in.rows > 0 && !args.logprobs) {
-    return fail(error, GENARM_INVALID_ARGUMENT, "logprobs is NULL");
-  }
-  return result;
-}
-
 // What a call needs besides its arguments.
 struct Needs {
   bool candidates;    // filters
   bool operand_sums;  // the log-softmax of every operand
 };
-
-bool filtered(const genarm_guided_step_args& args, int64_t row) {
-  const int64_t top_k = value(args.top_k, row);
-  return (top_k > 0 && top_k < args.in.vocab_size) || value(args.top_p, row, 1) < 1 || value(args.min_p, row, 0) > 0;
-}
 
 Needs needs_of(const genarm_guided_step_args& args) {
   Needs needs{false, args.logprob != nullptr};
@@ -148,6 +89,21 @@ Needs needs_of(const genarm_guided_step_args& args) {
   const int64_t rows = same && args.in.rows > 1 ? 1 : args.in.rows;
   for (int64_t b = 0; b < rows && !needs.candidates; ++b) needs.candidates = filtered(args, b);
   return needs;
+}
+
+// The arguments, and what only a CPU's call has.
+template <class Args>
+genarm_result check_call(const Args& args, genarm_error* error) {
+  const genarm_result result = check(args, error);
+  if (result != GENARM_OK || args.in.rows == 0) return result;
+  if (args.in.executor.run && args.in.executor.threads < 1) {
+    return fail(error, GENARM_INVALID_ARGUMENT, "executor.threads: expected at least 1");
+  }
+  if (!kernels_of(args.in.isa)) {
+    return fail(error, GENARM_UNSUPPORTED, "isa: this machine does not run %s",
+                args.in.isa == GENARM_ISA_AUTO ? "what GENARM_CPU_ISA names (portable, avx2 or avx512)" : "that one");
+  }
+  return GENARM_OK;
 }
 
 // The arrays of one row in the making.
@@ -342,7 +298,7 @@ using genarm::fail;
 
 genarm_result genarm_guided_step_workspace(const genarm_guided_step_args* args, size_t* bytes, genarm_error* error) {
   if (!args || !bytes) return fail(error, GENARM_INVALID_ARGUMENT, "args and bytes: expected pointers, got NULL");
-  const genarm_result result = genarm::check(*args, error);
+  const genarm_result result = genarm::check_call(*args, error);
   [[maybe_unused]] const genarm::DenormalsOn mode;
   if (result == GENARM_OK) *bytes = genarm::workspace_size(args->in, genarm::needs_of(*args));
   return result;
@@ -351,7 +307,7 @@ genarm_result genarm_guided_step_workspace(const genarm_guided_step_args* args, 
 genarm_result genarm_guided_step(const genarm_guided_step_args* args, genarm_error* error) {
   using namespace genarm;
   if (!args) return fail(error, GENARM_INVALID_ARGUMENT, "args: expected a pointer, got NULL");
-  const genarm_result result = check(*args, error);
+  const genarm_result result = check_call(*args, error);
   if (result != GENARM_OK || args->in.rows == 0) return result;
   [[maybe_unused]] const DenormalsOn mode;
   const Needs needs = needs_of(*args);
@@ -378,7 +334,7 @@ genarm_result genarm_guided_step(const genarm_guided_step_args* args, genarm_err
 genarm_result genarm_guided_log_softmax_workspace(const genarm_guided_log_softmax_args* args, size_t* bytes,
                                                   genarm_error* error) {
   if (!args || !bytes) return fail(error, GENARM_INVALID_ARGUMENT, "args and bytes: expected pointers, got NULL");
-  const genarm_result result = genarm::check(*args, error);
+  const genarm_result result = genarm::check_call(*args, error);
   if (result == GENARM_OK) *bytes = genarm::workspace_size(args->in, {});
   return result;
 }
@@ -386,7 +342,7 @@ genarm_result genarm_guided_log_softmax_workspace(const genarm_guided_log_softma
 genarm_result genarm_guided_log_softmax(const genarm_guided_log_softmax_args* args, genarm_error* error) {
   using namespace genarm;
   if (!args) return fail(error, GENARM_INVALID_ARGUMENT, "args: expected a pointer, got NULL");
-  const genarm_result result = check(*args, error);
+  const genarm_result result = check_call(*args, error);
   if (result != GENARM_OK || args->in.rows == 0) return result;
   const size_t size = workspace_size(args->in, {});
   if (args->in.workspace && args->in.workspace_size < size) {

@@ -5,7 +5,7 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/error.h"
+#include "common/error.h"
 #include "genarm_kernels.h"
 
 struct genarm_thread_pool {

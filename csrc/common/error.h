@@ -1,5 +1,5 @@
-#ifndef GENARM_CPU_ERROR_H_
-#define GENARM_CPU_ERROR_H_
+#ifndef GENARM_COMMON_ERROR_H_
+#define GENARM_COMMON_ERROR_H_
 
 #include <cstdarg>
 #include <cstdio>
@@ -23,4 +23,4 @@ inline genarm_result fail(genarm_error* error, genarm_result result, const char*
 
 }  // namespace genarm
 
-#endif  // GENARM_CPU_ERROR_H_
+#endif  // GENARM_COMMON_ERROR_H_
