@@ -1,21 +1,16 @@
-// The CPU core for Python: the only file that knows it. Tensors come as objects with data_ptr() and stride(), so that
-// no torch is needed to build; genarm_kernels/backends/cpu.py has checked them.
-#include <pybind11/pybind11.h>
+// The CPU core for Python; genarm_kernels/backends/cpu.py is its caller.
+#include "bindings.h"
 
 #include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
-#include <new>
-#include <stdexcept>
 #include <string>
 #include <vector>
 #if !defined(_WIN32)
 #include <dlfcn.h>
 #include <pthread.h>
 #endif
-
-#include "genarm_kernels.h"
 
 namespace py = pybind11;
 
@@ -80,79 +75,9 @@ struct Executor {
   }
 };
 
-// ---- From Python's values to the C interface's --------------------------------------------------------------------
+// ---- Calls --------------------------------------------------------------------------------------------------------
 
 genarm_isa isa = GENARM_ISA_AUTO;
-
-int64_t integer(PyObject* result) {
-  if (!result) throw py::error_already_set();
-  const int64_t value = PyLong_AsLongLong(result);
-  Py_DECREF(result);
-  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
-
-template <class T>
-T* pointer(py::handle tensor) {
-  static PyObject* const name = PyUnicode_InternFromString("data_ptr");
-  return reinterpret_cast<T*>(integer(PyObject_CallMethodNoArgs(tensor.ptr(), name)));
-}
-
-int64_t stride(py::handle tensor, int dimension) {
-  static PyObject* const name = PyUnicode_InternFromString("stride");
-  static PyObject* const dimensions[] = {PyLong_FromLong(0), PyLong_FromLong(1)};
-  return integer(PyObject_CallMethodOneArg(tensor.ptr(), name, dimensions[dimension]));
-}
-
-// A parameter: `rows` where it is a tensor, otherwise the number for every row.
-genarm_floats floats(const float& number, py::handle rows) {
-  if (rows.is_none()) return {&number, 0};
-  return {pointer<const float>(rows), stride(rows, 0)};
-}
-
-genarm_ints ints(const int64_t& number, py::handle rows) {
-  if (rows.is_none()) return {&number, 0};
-  return {pointer<const int64_t>(rows), stride(rows, 0)};
-}
-
-// What both operations read; owns the arrays that `in` points to.
-struct Inputs {
-  std::vector<genarm_logits> logits;
-  std::vector<float> weights;
-  genarm_inputs in{};
-  Executor executor;
-
-  Inputs(int dtype, int threads, py::handle base, const py::list& arms, int64_t vocab_size, const py::list& numbers,
-         const float& base_weight, const float& temperature, py::handle token_mask, py::handle weights_rows,
-         py::handle base_weight_rows, py::handle temperature_rows, int64_t rows)
-      : executor(threads) {
-    logits.push_back({pointer<void>(base), stride(base, 0)});
-    for (py::handle arm : arms) logits.push_back({pointer<void>(arm), stride(arm, 0)});
-    in.dtype = static_cast<genarm_dtype>(dtype);
-    in.isa = isa;
-    in.rows = rows;
-    in.vocab_size = vocab_size;
-    in.arms = static_cast<int64_t>(arms.size());
-    in.logits = logits.data();
-    in.base_weight = floats(base_weight, base_weight_rows);
-    if (weights_rows.is_none()) {
-      for (py::handle number : numbers) weights.push_back(static_cast<float>(PyFloat_AsDouble(number.ptr())));
-      in.weights = weights.data();
-      in.weights_arm_stride = 1;
-    } else {
-      in.weights = pointer<const float>(weights_rows);
-      in.weights_row_stride = stride(weights_rows, 0);
-      in.weights_arm_stride = stride(weights_rows, 1);
-    }
-    in.temperature = floats(temperature, temperature_rows);
-    if (!token_mask.is_none()) {
-      in.token_mask = pointer<const int32_t>(token_mask);
-      in.token_mask_row_stride = stride(token_mask, 0);
-      in.token_mask_word_stride = stride(token_mask, 1);
-    }
-    in.executor = executor.executor;
-  }
-};
 
 // One workspace a calling thread, kept for the next call.
 class Workspace {
@@ -172,66 +97,39 @@ class Workspace {
   size_t size_ = 0;
 };
 
-template <class Args>
-void run(Args& args, genarm_result (*workspace_size)(const Args*, size_t*, genarm_error*),
-         genarm_result (*operation)(const Args*, genarm_error*)) {
-  thread_local Workspace workspace;
-  args.in.struct_size = sizeof args;
-  genarm_error error;
-  genarm_result result;
-  {
-    const py::gil_scoped_release released;
-    result = workspace_size(&args, &args.in.workspace_size, &error);
-    if (result == GENARM_OK) {
-      args.in.workspace = workspace.of(args.in.workspace_size);
-      result = operation(&args, &error);
+// Calls that run on this machine's threads; Python says how many.
+class Cpu {
+ public:
+  explicit Cpu(py::handle threads) : executor_(threads.cast<int>()) {}
+  void prepare(genarm_inputs& in) const {
+    in.isa = isa;
+    in.executor = executor_.executor;
+  }
+  void run(genarm_guided_step_args& args) const { run(args, genarm_guided_step_workspace, genarm_guided_step); }
+  void run(genarm_guided_log_softmax_args& args) const {
+    run(args, genarm_guided_log_softmax_workspace, genarm_guided_log_softmax);
+  }
+
+ private:
+  template <class Args>
+  void run(Args& args, genarm_result (*workspace_size)(const Args*, size_t*, genarm_error*),
+           genarm_result (*operation)(const Args*, genarm_error*)) const {
+    thread_local Workspace workspace;
+    genarm_error error;
+    genarm_result result;
+    {
+      const py::gil_scoped_release released;
+      result = workspace_size(&args, &args.in.workspace_size, &error);
+      if (result == GENARM_OK) {
+        args.in.workspace = workspace.of(args.in.workspace_size);
+        result = operation(&args, &error);
+      }
     }
+    genarm::bindings::raise(result, error);
   }
-  if (result == GENARM_OUT_OF_MEMORY) throw std::bad_alloc();
-  if (result != GENARM_OK) throw std::runtime_error(error.message);
-}
 
-void guided_step(int dtype, int threads, int64_t rows, py::handle token, py::handle logprob, py::handle log_mass,
-                 py::handle kept, py::handle base_logprob, py::handle arm_logprobs, py::handle status, py::handle base,
-                 const py::list& arms, int64_t vocab_size, bool logprobs, const py::list& weights, float base_weight,
-                 float temperature, int64_t top_k, float top_p, float min_p, int64_t seed, int64_t position,
-                 py::handle token_mask, py::handle weights_rows, py::handle base_weight_rows,
-                 py::handle temperature_rows, py::handle top_k_rows, py::handle top_p_rows, py::handle min_p_rows,
-                 py::handle seed_rows, py::handle position_rows) {
-  Inputs inputs(dtype, threads, base, arms, vocab_size, weights, base_weight, temperature, token_mask, weights_rows,
-                base_weight_rows, temperature_rows, rows);
-  genarm_guided_step_args args{};
-  args.in = inputs.in;
-  args.top_k = ints(top_k, top_k_rows);
-  args.top_p = floats(top_p, top_p_rows);
-  args.min_p = floats(min_p, min_p_rows);
-  args.seed = ints(seed, seed_rows);
-  args.seed_step = seed_rows.is_none() ? 1 : 0;
-  args.position = ints(position, position_rows);
-  args.token = pointer<int64_t>(token);
-  args.kept = pointer<int32_t>(kept);
-  args.status = pointer<int32_t>(status);
-  if (logprobs) {
-    args.logprob = pointer<float>(logprob);
-    args.log_mass = pointer<float>(log_mass);
-    args.base_logprob = pointer<float>(base_logprob);
-    args.arm_logprobs = pointer<float>(arm_logprobs);
-  }
-  run(args, genarm_guided_step_workspace, genarm_guided_step);
-}
-
-void guided_log_softmax(int dtype, int threads, int64_t rows, py::handle logprobs, py::handle base,
-                        const py::list& arms, int64_t vocab_size, const py::list& weights, float base_weight,
-                        float temperature, py::handle token_mask, py::handle weights_rows, py::handle base_weight_rows,
-                        py::handle temperature_rows) {
-  Inputs inputs(dtype, threads, base, arms, vocab_size, weights, base_weight, temperature, token_mask, weights_rows,
-                base_weight_rows, temperature_rows, rows);
-  genarm_guided_log_softmax_args args{};
-  args.in = inputs.in;
-  args.logprobs = pointer<float>(logprobs);
-  args.logprobs_row_stride = stride(logprobs, 0);
-  run(args, genarm_guided_log_softmax_workspace, genarm_guided_log_softmax);
-}
+  Executor executor_;
+};
 
 // The name of the instruction set in use, or None when the one that GENARM_CPU_ISA names cannot run.
 py::object current_isa() {
@@ -255,8 +153,8 @@ PYBIND11_MODULE(_cpu, module) {
 #endif
   module.doc() = "The CPU core; genarm_kernels/backends/cpu.py is its caller.";
   module.attr("TILE") = GENARM_TILE;
-  module.def("guided_step", &guided_step);
-  module.def("guided_log_softmax", &guided_log_softmax);
+  module.def("guided_step", &genarm::bindings::guided_step<Cpu>);
+  module.def("guided_log_softmax", &genarm::bindings::guided_log_softmax<Cpu>);
   module.def("isa", &current_isa, "Name of the instruction set in use; None when the one asked for cannot run.");
   module.def("supported_isas", [] {
     py::tuple names(supported().size());
