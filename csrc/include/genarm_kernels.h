@@ -41,6 +41,7 @@ typedef enum {
   GENARM_INVALID_ARGUMENT = 1,
   GENARM_OUT_OF_MEMORY = 2,
   GENARM_UNSUPPORTED = 3,  // the instruction set asked for is not this machine's
+  GENARM_CUDA_ERROR = 4,   // the CUDA runtime's, in its words (genarm_kernels_cuda.h)
 } genarm_result;
 
 // Filled when a call does not return GENARM_OK; pass NULL to do without the words.

@@ -1,0 +1,88 @@
+// The CUDA kernels for Python; genarm_kernels/backends/cuda.py is its caller.
+#include <string>
+
+#include "bindings.h"
+#include "cuda/python.h"
+#include "genarm_kernels_cuda.h"
+
+namespace {
+
+namespace py = pybind11;
+
+void check(const char* wrong) {
+  if (wrong) throw std::runtime_error(std::string("CUDA: ") + wrong);
+}
+
+// Makes a device the thread's current one while it lives.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) { check(genarm::use_device(device, &before_)); }
+  ~OnDevice() { genarm::use_device(before_, nullptr); }
+  OnDevice(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
+// Calls on a stream; Python says (device, stream, how to get so many bytes of it).
+class Gpu {
+ public:
+  explicit Gpu(py::handle place)
+      : device_(place[py::int_(0)].cast<int>()),
+        stream_(reinterpret_cast<void*>(place[py::int_(1)].cast<uintptr_t>())),
+        memory_(place[py::int_(2)]) {}
+  void prepare(genarm_inputs&) const {}
+  void run(genarm_guided_step_args& args) const {
+    run(args, genarm_cuda_guided_step_workspace, genarm_cuda_guided_step);
+  }
+  void run(genarm_guided_log_softmax_args& args) const {
+    run(args, genarm_cuda_guided_log_softmax_workspace, genarm_cuda_guided_log_softmax);
+  }
+
+ private:
+  template <class Args>
+  void run(Args& args, genarm_result (*workspace_size)(const Args*, size_t*, genarm_error*),
+           genarm_result (*operation)(const Args*, genarm_cuda_stream, genarm_error*)) const {
+    const OnDevice on_device(device_);
+    genarm_error error;
+    genarm_result result = workspace_size(&args, &args.in.workspace_size, &error);
+    py::object workspace;  // back with its stream's allocator when the call has been put there: it is used in order
+    if (result == GENARM_OK && args.in.workspace_size > 0) {
+      workspace = memory_(args.in.workspace_size);
+      args.in.workspace = genarm::bindings::pointer<void>(workspace);
+    }
+    if (result == GENARM_OK) result = operation(&args, stream_, &error);
+    genarm::bindings::raise(result, error);
+  }
+
+  int device_;
+  void* stream_;
+  py::object memory_;
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, module) {
+  module.doc() = "The CUDA kernels; genarm_kernels/backends/cuda.py is their caller.";
+#if defined(GENARM_EMULATED)
+  module.attr("EMULATED") = true;  // tests/simt: tensors are the CPU's
+  module.attr("ARCHITECTURES") = "";
+#else
+  module.attr("EMULATED") = false;
+  module.attr("ARCHITECTURES") = GENARM_CUDA_ARCHS;
+#endif
+  module.attr("TILE") = GENARM_TILE;
+  module.attr("MOST_ARMS") = GENARM_CUDA_MOST_ARMS;
+  module.def("guided_step", &genarm::bindings::guided_step<Gpu>);
+  module.def("guided_log_softmax", &genarm::bindings::guided_log_softmax<Gpu>);
+  module.def(
+      "make_ready",
+      [](int device) {
+        const OnDevice on_device(device);
+        check(genarm::make_ready());
+      },
+      "What the first call on a device does; fails where the kernels were not built for it.");
+  module.def(
+      "force_cluster", [](int blocks) { genarm::forced_cluster = blocks; },
+      "For tests: blocks that share a row from now on; 0: two launches, -1: as planned.");
+}

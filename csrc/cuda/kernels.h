@@ -1,0 +1,164 @@
+// The kernels, and what each launch of them is. Rows' tokens come in, a token a row goes out.
+//
+// On GPUs with clusters (sm_90 on) one launch: a cluster reads a row, and finishes it on chip. The bytes: (1 + N) V
+// elements of logits once, and one tile more. Elsewhere, and where a row's z do not fit, two: the tile pass writes the
+// boards to the workspace (28 bytes a tile with N = 1, and 40 more with filters), the row pass takes a block a row and
+// reads tiles again that filters cannot rule out.
+#ifndef GENARM_CUDA_KERNELS_H_
+#define GENARM_CUDA_KERNELS_H_
+
+#include "cuda/draw.h"
+
+namespace genarm {
+
+// A block's scratch leaves two blocks a multiprocessor room for 90 KB of z each: 22 tiles, 8 blocks' of V = 180,000.
+static_assert(sizeof(Shared) <= 20 * 1024, "Shared has grown");
+
+// Shared memory of a block of a cluster: Shared, the board, the tops of its tiles, their z.
+struct Layout {
+  int64_t board, tops, kept, bytes;
+
+  GENARM_HD Layout(int tiles, int tiles_per_block, int pairs, bool filtered, bool keep) {
+    board = (static_cast<int64_t>(sizeof(Shared)) + 15) / 16 * 16;
+    tops = board + Board::bytes(tiles, pairs, filtered);
+    kept = tops + (static_cast<int64_t>(tiles_per_block) * 4 + 15) / 16 * 16;
+    bytes = kept + (keep ? static_cast<int64_t>(tiles_per_block) * kTile * 4 : 0);
+  }
+};
+
+GENARM_HD int pairs_of(const Arguments& a) { return 1 + (a.logprobs ? a.operands : 0); }
+
+template <class Row>
+__device__ Row row_of(const Arguments& a, int64_t row, int rank, Shared* lead, const Board& board) {
+  Shared& mine = *reinterpret_cast<Shared*>(shared_memory());
+  const int first = rank * a.tiles_per_block;
+  const int last = first + a.tiles_per_block < a.tiles ? first + a.tiles_per_block : a.tiles;
+  const float temperature = a.temperature.of(row);
+  const int64_t top_k = a.top_k.of(row);
+  return {a,
+          row,
+          rank,
+          first,
+          last,
+          mine,
+          *lead,
+          board,
+          nullptr,
+          nullptr,
+          temperature,
+          scale_of(temperature),
+          a.top_p.of(row),
+          a.min_p.of(row),
+          top_k > 0 && top_k < a.vocab ? top_k : 0};
+}
+
+// ---- One launch: grid (B blocks), clusters of `blocks` -------------------------------------------------------------
+
+template <class T, bool kKept>
+__device__ Row<T, true, kKept> row_of_cluster(const Arguments& a) {
+  char* memory = shared_memory();
+  const Layout layout(a.tiles, a.tiles_per_block, pairs_of(a), a.filtered, kKept);
+  const Board board(in_block(memory + layout.board, 0), a.tiles, pairs_of(a), a.filtered);
+  Shared* lead = in_block(reinterpret_cast<Shared*>(memory), 0);
+  const int64_t row = blockIdx.x / static_cast<unsigned>(a.blocks);
+  auto r = row_of<Row<T, true, kKept>>(a, row, cluster_rank(), lead, board);
+  r.tops = reinterpret_cast<float*>(memory + layout.tops);
+  r.kept = reinterpret_cast<float4*>(memory + layout.kept);
+  return r;
+}
+
+// Pass 1, and the cluster's first barriers: a block's memory is not there to be written to before the block runs.
+template <class T, bool kKept>
+__device__ void read_row(const Row<T, true, kKept>& r) {
+  cluster_wait();
+  for (int tile = r.first + warp_of_thread(); tile < r.last; tile += kWarps) {
+    const int own = tile - r.first;
+    summarise_tile<T>(r.a, r.row, r.scale, tile, r.board, kKept ? kept_tile(r.kept, own) : nullptr, r.tops + own);
+  }
+  cluster_arrive();
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) cluster_step(const __grid_constant__ Arguments a) {
+  if constexpr (kClusters) {
+    cluster_arrive();
+    const auto r = row_of_cluster<T, false>(a);
+    read_row(r);
+    if (r.rank != 0) return;
+    cluster_wait();
+    total(r);
+    draw(r);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) cluster_filtered_step(const __grid_constant__ Arguments a) {
+  if constexpr (kClusters) {
+    cluster_arrive();
+    const auto r = row_of_cluster<T, true>(a);
+    read_row(r);
+    cluster_wait();
+    if (r.rank == 0) total(r);
+    if (r.filtered()) filter(r);
+    if (r.rank == 0) draw(r);
+    r.sync();  // the other blocks' memory has been read
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) cluster_whole(const __grid_constant__ Arguments a) {
+  if constexpr (kClusters) {
+    cluster_arrive();
+    const auto r = row_of_cluster<T, true>(a);
+    read_row(r);
+    cluster_wait();
+    if (r.rank == 0) total(r);
+    r.sync();
+    write_whole(r);
+    r.sync();  // the first block's memory has been read
+  }
+}
+
+// ---- Two launches --------------------------------------------------------------------------------------------------
+
+__device__ inline Board board_of(const Arguments& a, int64_t row) {
+  return {a.workspace + row * a.board_bytes, a.tiles, pairs_of(a), a.filtered};
+}
+
+template <class T>
+__device__ Row<T, false, false> row_of_block(const Arguments& a, int64_t row, int rank) {
+  auto r = row_of<Row<T, false, false>>(a, row, rank, reinterpret_cast<Shared*>(shared_memory()), board_of(a, row));
+  r.tops = r.board.top(0) + r.first;
+  return r;
+}
+
+// Grid (B blocks): a warp a tile.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) tile_pass(const __grid_constant__ Arguments a) {
+  const int64_t row = blockIdx.x / static_cast<unsigned>(a.blocks);
+  const int tile = static_cast<int>(blockIdx.x % static_cast<unsigned>(a.blocks)) * kWarps + warp_of_thread();
+  if (tile >= a.tiles) return;
+  summarise_tile<T>(a, row, scale_of(a.temperature.of(row)), tile, board_of(a, row), nullptr, nullptr);
+}
+
+// Grid (B): a block a row.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1) row_pass(const __grid_constant__ Arguments a) {
+  const auto r = row_of_block<T>(a, blockIdx.x, 0);
+  total(r);
+  if (r.filtered()) filter(r);
+  draw(r);
+}
+
+// Grid (B blocks): as the tile pass, each block with the row's total for itself.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1) whole_pass(const __grid_constant__ Arguments a) {
+  const int64_t row = blockIdx.x / static_cast<unsigned>(a.blocks);
+  const auto r = row_of_block<T>(a, row, static_cast<int>(blockIdx.x % static_cast<unsigned>(a.blocks)));
+  total(r);
+  write_whole(r);
+}
+
+}  // namespace genarm
+
+#endif  // GENARM_CUDA_KERNELS_H_
