@@ -19,7 +19,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(shell git ls-files '*.cpp' '*.h' '*.inc')
+	$(BIN)/clang-format --dry-run -Werror $(shell git ls-files '*.cpp' '*.cu' '*.h' '*.inc')
 
 # Minutes of both cores: on a machine that does nothing else. The raw file has every round's statistics.
 bench: $(VENV)/ready
@@ -30,7 +30,7 @@ bench: $(VENV)/ready
 models: $(VENV)/ready
 	$(BIN)/python -m genarm.bundled
 
-$(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/cpu/* csrc/common/* csrc/include/*)
+$(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/* csrc/common/* csrc/include/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'

@@ -5,8 +5,6 @@ import importlib
 import importlib.util
 from types import ModuleType
 
-from . import triton
-
 # Fastest last: "auto" takes the last one that can run on the operands' device.
 NAMES = ("reference", "cpu", "triton", "cuda")
 _DEVICES = {"cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
@@ -20,6 +18,11 @@ def why_unavailable(name: str) -> str | None:
     module = importlib.import_module(f"{__name__}.{name}")
     reason: str | None = module.why_unavailable()
     return reason
+
+
+def interpreted(name: str) -> bool:
+    """Whether a CPU stands in for the GPU that the backend is for, in a test."""
+    return name in ("triton", "cuda") and bool(importlib.import_module(f"{__name__}.{name}").interpreted())
 
 
 def available_backends() -> tuple[str, ...]:
@@ -38,10 +41,10 @@ def load(name: str, device_type: str) -> ModuleType:
     A named backend is never replaced by another: RuntimeError when it cannot run.
     """
     if name == "auto":
-        name = [name for name in available_backends() if device_type in _DEVICES.get(name, (device_type,))][-1]
+        able = [name for name in available_backends() if device_type in _DEVICES.get(name, (device_type,))]
+        name = able[-1]
     reason = why_unavailable(name)
-    interpreted = name == "triton" and triton.interpreted()
-    if reason is None and not interpreted and device_type not in _DEVICES.get(name, (device_type,)):
+    if reason is None and not interpreted(name) and device_type not in _DEVICES.get(name, (device_type,)):
         reason = f"the operands are on {device_type!r}"
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot run: {reason}; available here: {', '.join(available_backends())}")

@@ -14,7 +14,7 @@ try:
 except ImportError as error:
     _import_error = error
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # genarm_dtype
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # genarm_dtype
 
 
 def why_unavailable() -> str | None:
@@ -37,7 +37,7 @@ def guided_step(
 ) -> tuple[Tensor, ...]:
     outputs = empty_step(base_logits, len(arm_logits), logprobs)
     _cpu.guided_step(
-        _DTYPES[base_logits.dtype],
+        DTYPES[base_logits.dtype],
         torch.get_num_threads(),
         base_logits.shape[0],
         *outputs,
@@ -53,7 +53,7 @@ def guided_step(
 def guided_log_softmax(base_logits: Tensor, arm_logits: list[Tensor], vocab_size: int, *parameters: Any) -> Tensor:
     logp = empty_whole(base_logits)
     _cpu.guided_log_softmax(
-        _DTYPES[base_logits.dtype],
+        DTYPES[base_logits.dtype],
         torch.get_num_threads(),
         base_logits.shape[0],
         logp,

@@ -1,0 +1,13 @@
+"""csrc/bindings_cuda.cpp."""
+
+from typing import Any
+
+EMULATED: bool
+ARCHITECTURES: str
+TILE: int
+MOST_ARMS: int
+
+def guided_step(*args: Any) -> None: ...
+def guided_log_softmax(*args: Any) -> None: ...
+def make_ready(device: int) -> None: ...
+def force_cluster(blocks: int) -> None: ...

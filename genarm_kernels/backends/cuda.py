@@ -1,0 +1,93 @@
+"""The CUDA kernels (csrc/cuda) as a backend: hands tensors' addresses and the current stream to `_cuda`."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..outputs import empty_step, empty_whole
+from .cpu import DTYPES
+
+_import_error: ImportError | None = None
+try:
+    from .. import _cuda
+except ImportError as error:
+    _import_error = error
+
+
+def why_unavailable() -> str | None:
+    """None when the kernels are there and this machine has a GPU for them, otherwise the reason in words."""
+    if _import_error is not None:
+        reason = Path(__file__).parents[1] / "_cuda.error"
+        return reason.read_text().strip() if reason.exists() else f"the kernels cannot be loaded: {_import_error}"
+    if _cuda.EMULATED:
+        return None
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return "no NVIDIA GPU"
+    try:
+        _cuda.make_ready(torch.cuda.current_device())
+    except RuntimeError as error:
+        return f"built for compute capability {_cuda.ARCHITECTURES}, this GPU or its driver cannot run it: {error}"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether an emulation on the CPU stands in for a GPU: the tests' (tests/simt)."""
+    return _import_error is None and _cuda.EMULATED
+
+
+def guided_step(
+    base_logits: Tensor,
+    arm_logits: list[Tensor],
+    vocab_size: int,
+    logprobs: bool,
+    *parameters: Any,
+) -> tuple[Tensor, ...]:
+    outputs = empty_step(base_logits, len(arm_logits), logprobs)
+    _cuda.guided_step(
+        DTYPES[base_logits.dtype],
+        _place(base_logits.device),
+        base_logits.shape[0],
+        *outputs,
+        base_logits,
+        arm_logits,
+        vocab_size,
+        logprobs,
+        *_of_rows(parameters, len(base_logits)),
+    )
+    return outputs
+
+
+def guided_log_softmax(base_logits: Tensor, arm_logits: list[Tensor], vocab_size: int, *parameters: Any) -> Tensor:
+    logp = empty_whole(base_logits)
+    _cuda.guided_log_softmax(
+        DTYPES[base_logits.dtype],
+        _place(base_logits.device),
+        base_logits.shape[0],
+        logp,
+        base_logits,
+        arm_logits,
+        vocab_size,
+        *_of_rows(parameters, len(base_logits)),
+    )
+    if vocab_size < logp.shape[1]:
+        logp[:, vocab_size:] = torch.where(logp[:, :1].isnan(), torch.nan, -torch.inf)  # a bad row is NaN throughout
+    return logp
+
+
+def _place(device: torch.device) -> tuple[Any, ...]:
+    """Where the call runs: device, stream, and how to get memory there."""
+
+    def memory(size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=device)
+
+    if device.type != "cuda":
+        return 0, 0, memory
+    index: int = device.index
+    return index, torch._C._cuda_getCurrentRawStream(index), memory
+
+
+def _of_rows(parameters: tuple[Any, ...], rows: int) -> list[Any]:
+    """A tensor that repeats one number has stride 0, which in the C interface means a number of the host's."""
+    return [x.contiguous() if isinstance(x, Tensor) and x.stride(0) == 0 and rows > 1 else x for x in parameters]
