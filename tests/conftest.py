@@ -1,6 +1,9 @@
 """`backend`: every test that takes it runs once for each backend that this machine can run."""
 
+import contextlib
+import importlib.util
 import os
+import sys
 import types
 from collections.abc import Iterator
 
@@ -10,15 +13,21 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: the kernels run on the CPU
 
+if emulated := os.environ.get("GENARM_SIMT"):  # the CUDA kernels on the CPU, as tests/test_cuda.py builds them
+    spec = importlib.util.spec_from_file_location("genarm_kernels._cuda", emulated)
+    assert spec and spec.loader
+    sys.modules["genarm_kernels._cuda"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["genarm_kernels._cuda"])
+
 from genarm_kernels import available_backends
-from genarm_kernels.backends import cpu
+from genarm_kernels.backends import NAMES, cpu, cuda, interpreted
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # The tests' models are so small that a second thread only waits: up to 20 times slower on a busy machine.
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    config.addinivalue_line("markers", "large: many elements; left out for Triton's interpreter, which is slow")
+    config.addinivalue_line("markers", "large: many elements; left out where a CPU stands in for a GPU")
     if os.environ.get("TRITON_INTERPRET") == "1" and "triton" in available_backends():
         _patch_the_language_once()
     expected = filter(None, os.environ.get("GENARM_EXPECT_BACKENDS", "").split(","))
@@ -37,31 +46,31 @@ def _patch_the_language_once() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    skip = pytest.mark.skip(reason="too many elements for Triton's interpreter (TRITON_INTERPRET=1)")
+    skip = pytest.mark.skip(reason="too many elements for a CPU that stands in for a GPU")
     for item in items:
-        if item.get_closest_marker("large") and "triton" in item.name and os.environ.get("TRITON_INTERPRET") == "1":
+        if item.get_closest_marker("large") and any(interpreted(name) and name in item.name for name in NAMES):
             item.add_marker(skip)
 
 
 def backends_and_paths() -> list[str]:
-    """The backends, the CPU's once for each instruction set that this machine runs: "cpu-avx2"."""
-    isas = cpu._cpu.supported_isas() if "cpu" in available_backends() else ()
-    return [
-        path for name in available_backends() for path in ([f"cpu-{isa}" for isa in isas] if name == "cpu" else [name])
-    ]
+    """The backends: the CPU's once for each instruction set that this machine runs ("cpu-avx2"), CUDA's in one launch,
+    with a row on as many blocks as are planned or on 4, and in two.
+    """
+    paths = {"cpu": cpu._cpu.supported_isas() if "cpu" in available_backends() else (), "cuda": ("-1", "4", "0")}
+    return [f"{name}-{path}".rstrip("-") for name in available_backends() for path in paths.get(name, ("",))]
 
 
 @pytest.fixture(params=backends_and_paths())
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name; tensors that the test makes are on the device which that backend serves."""
-    name, _, isa = request.param.partition("-")
-    if isa:
-        before = cpu._cpu.isa()
-        cpu._cpu.set_isa(isa)
-        yield name
-        cpu._cpu.set_isa(before)
-    elif name in ("triton", "cuda") and torch.cuda.is_available():
-        with torch.device("cuda"):
-            yield name
-    else:
+    name, _, path = request.param.partition("-")
+    with contextlib.ExitStack() as stack:
+        if name == "cpu":
+            stack.callback(cpu._cpu.set_isa, cpu._cpu.isa())
+            cpu._cpu.set_isa(path)
+        if name == "cuda":
+            stack.callback(cuda._cuda.force_cluster, -1)
+            cuda._cuda.force_cluster(int(path))
+        if name in ("triton", "cuda") and not interpreted(name):
+            stack.enter_context(torch.device("cuda"))
         yield name

@@ -6,7 +6,6 @@ The oracle below is written from the contract's words in float64 NumPy and plain
 """
 
 import math
-import os
 import re
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import genarm_kernels
 from genarm_kernels import GuidedStep, available_backends, guided_log_softmax, guided_step, run_concurrently
+from genarm_kernels.backends import interpreted
 from genarm_kernels.testing import make_logits, pooled_chi_squared, random_case
 
 INF, NAN = math.inf, math.nan
@@ -30,11 +30,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DRAWN, BAD_ROW, NO_ALLOWED_TOKEN = 0, 1, 2
 TILE = 1024
 large = pytest.mark.large
-
-
-def interpreted(backend: str) -> bool:
-    """Whether the backend runs in Triton's interpreter, a hundredth as fast as anything else."""
-    return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 # --- The oracle -------------------------------------------------------------------------------------------------------
