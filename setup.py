@@ -22,6 +22,7 @@ SOURCES += [f"cpu/{isa}.cpp" for isa in ("portable", "avx2", "avx512")]
 
 
 HEADERS = [str(path) for pattern in ("*.h", "*.inc") for path in sorted(Path("csrc").rglob(pattern))]
+NAMES = {"cpu": "CPU core", "cuda": "CUDA kernels"}
 CUDA_ARCHS = os.environ.get("GENARM_CUDA_ARCHS", "80;90;100").replace(",", ";")
 
 
@@ -44,10 +45,10 @@ class BuildParts(build_ext):
             if wanted == "1":
                 raise
             reason_file.parent.mkdir(parents=True, exist_ok=True)
-            reason_file.write_text(f"built without it: {str(error).strip() or type(error).__name__}\n")
+            reason_file.write_text(f"built without the {NAMES[part]}: {str(error).strip() or type(error).__name__}\n")
             ext.optional = True  # nothing to copy, then
             (Path("genarm_kernels") / target.name).unlink(missing_ok=True)  # of an earlier build
-            self.warn(f"genarm_kernels._{part} is not built: {error}")
+            self.warn(f"the {NAMES[part]}: not built: {error}")
 
     def build_with_nvcc(self, ext: Extension, target: Path) -> None:
         """Two commands; the CUDA runtime is linked in, so that one build serves every torch."""

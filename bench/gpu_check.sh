@@ -2,11 +2,11 @@
 # Everything that needs an NVIDIA GPU, for a machine without a network: bench/gpu_check.sh [STAGE...]
 #
 # Stages, each well under ten minutes:
-#   build      the compiled parts, in place, and every Triton kernel, whose registers are checked
-#   tests      the tests marked `gpu`, then the contract tests on the Triton backend
+#   build      the compiled parts, in place, for this GPU, and every Triton kernel, whose registers are checked
+#   tests      the tests marked `gpu`, then the contract tests on the GPU's backends
 #   sanitizer  compute-sanitizer: memcheck, racecheck, initcheck, synccheck on small shapes
 #   kernels    bench/gpu_kernels.py: time of a step, cold and warm, against baselines and the copy bandwidth
-#   tune       the same kernels at other numbers of warps; not among the default stages
+#   tune       the same kernels at other shapes of launch; not among the default stages
 # A log of each and the JSON files go to OUT (default bench/results/<device>); a short table is printed last.
 # PYTHON (python3), GENARM_COMMIT (where there is no git) and KERNELS_ARGS (--quick) may be set.
 set -uo pipefail
@@ -21,10 +21,10 @@ OUT=${OUT:-bench/results/$device}
 mkdir -p "$OUT"
 
 stage_build() {
-  GENARM_CPU=1 $PYTHON setup.py --quiet build_ext --inplace || return 1
-  # Every Triton kernel into the cache on disk, on all cores; the tests would compile them one after another.
   local arch
   arch=$($PYTHON -c 'import torch; print("{}{}".format(*torch.cuda.get_device_capability()))')
+  GENARM_CPU=1 GENARM_CUDA=1 GENARM_CUDA_ARCHS=$arch $PYTHON setup.py --quiet build_ext --inplace || return 1
+  # Every Triton kernel into the cache on disk, on all cores; the tests would compile them one after another.
   $PYTHON -m bench.triton_resources --all --arch "$arch" | grep -v '"ok": true'
   return "${PIPESTATUS[0]}"
 }
@@ -32,7 +32,8 @@ stage_build() {
 stage_tests() {
   local failed=0
   $PYTHON -m pytest -q -m gpu tests || failed=1
-  GENARM_EXPECT_BACKENDS=triton $PYTHON -m pytest -q -k triton tests/test_guided_step.py tests/test_triton.py || failed=1
+  GENARM_EXPECT_BACKENDS=triton,cuda \
+    $PYTHON -m pytest -q -k "triton or cuda" tests/test_guided_step.py tests/test_triton.py || failed=1
   return $failed
 }
 

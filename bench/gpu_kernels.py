@@ -6,7 +6,7 @@ the replays. Cold: the steps go round more logits than three L2 caches hold. War
 holds where it is small enough; a decode loop, whose models have just written the logits, is between the two.
 
 Baselines are captured alike. Peers get the float32 combination, and no log-probabilities to compute. `--tune` times the
-kernels at other numbers of warps instead.
+kernels at other shapes of launch instead: Triton's numbers of warps, CUDA's blocks a row.
 """
 
 import argparse
@@ -48,7 +48,14 @@ DEVICE = "cuda"
 # Microseconds on an H200: V = 128256, N = 1, peaked rows, cold. "auto" is to meet them.
 TARGETS = {
     "triton": {("none", 1): 9, ("none", 64): 14, ("none", 256): 42, ("k+p", 1): 14, ("k+p", 64): 26, ("k+p", 256): 75},
+    "cuda": {
+        **{("none", batch): bound for batch, bound in ((1, 6), (8, 7), (64, 12), (256, 38))},
+        **{("k+p+min-p", batch): bound for batch, bound in ((1, 10), (8, 12), (64, 20), (256, 55))},
+    },
 }
+TIMES_FASTER = {"triton": (("eager", "p=0.9", 20), ("flashinfer", "k+p", 3)), "cuda": (("flashinfer", "k+p", 5),)}
+# On the CUDA backend flat rows cost at most twice what peaked ones may, and N = 3 at B = 256 1.3 times its floor of 61.
+FLAT, THREE_ARMS = 2, 1.3 * 61
 
 
 class Case(NamedTuple):
@@ -279,14 +286,21 @@ def show(case: Case, times: dict[str, Time], copy_gb_s: float, table: Table) -> 
 def verdicts(results: list[tuple[Case, dict[str, Time]]]) -> Iterator[tuple[str, float, float | None]]:
     """What is claimed, its bound and its measure; ratios are to be at least, microseconds at most."""
     found = dict(results)
+
+    def of(name: str, filters: str, batch: int, arms: int = 1, logits: str = "peaked") -> float | None:
+        times = found.get(Case(MAIN_VOCAB, batch, arms, filters, logits, "cold"), {})
+        return times[name].median if name in times else None
+
     for name, bounds in TARGETS.items():
         for (filters, batch), bound in bounds.items():
-            times = found.get(Case(MAIN_VOCAB, batch, 1, filters, "peaked", "cold"), {})
-            yield f"{name} {filters} B={batch}: us", bound, times[name].median if name in times else None
-        for rival, filters, bound in (("eager", "p=0.9", 20), ("flashinfer", "k+p", 3)):
-            times = found.get(Case(MAIN_VOCAB, 64, 1, filters, "peaked", "cold"), {})
-            ratio = times[rival].median / times[name].median if {rival, name} <= times.keys() else None
-            yield f"{name} {filters} B=64: times faster than {rival}", bound, ratio
+            yield f"{name} {filters} B={batch}: us", bound, of(name, filters, batch)
+        for rival, filters, bound in TIMES_FASTER[name]:
+            mine, theirs = of(name, filters, 64), of(rival, filters, 64)
+            yield f"{name} {filters} B=64: times faster than {rival}", bound, theirs / mine if theirs and mine else None
+    for (filters, batch), bound in TARGETS["cuda"].items():
+        if filters != "none":
+            yield f"cuda {filters} B={batch}, flat rows: us", FLAT * bound, of("cuda", filters, batch, logits="flat")
+    yield "cuda none B=256, N=3: us", THREE_ARMS, of("cuda", "none", 256, arms=3)
 
 
 def save(path: Path, about: dict[str, Any], results: list[tuple[Case, dict[str, Time]]]) -> None:
@@ -297,38 +311,54 @@ def save(path: Path, about: dict[str, Any], results: list[tuple[Case, dict[str, 
     path.write_text("\n".join(["{", *lines, '  "cases": [', "    " + rows, "  ]", "}", ""]))
 
 
-def tune(out: Path) -> None:
-    """The kernels at other numbers of warps, cold, at the main vocabulary."""
-    from genarm_kernels.backends.triton import launch
+def shapes_of_launch() -> Iterator[tuple[str, str]]:
+    """A backend and a shape in words, which is in force until the next one is asked for."""
+    ours = available_backends()
+    if "triton" in ours:
+        from genarm_kernels.backends.triton import launch
 
-    table = Table(title="microseconds a step by warps of (tile pass, row pass)", title_justify="left")
-    grid = [Case(MAIN_VOCAB, batch, 1, f, "peaked", "cold") for batch in (1, 64, 256) for f in ("none", "k+p", "p=0.9")]
-    for column in ("warps", *(f"{case.filters} B={case.batch}" for case in grid)):
-        table.add_column(column)
-    about, kept, rows = environment(), dict(launch.OPTIONS), []
-    for tile_warps, row_warps in itertools.product((1, 2, 4), (8, 16)):
-        launch.OPTIONS[launch.tile_pass] = {"num_warps": tile_warps}
-        launch.OPTIONS[launch.row_pass] = {"num_warps": row_warps, "maxnreg": min(255, 2048 // row_warps)}
+        kept = dict(launch.OPTIONS)
+        for tile_warps, row_warps in itertools.product((1, 2, 4), (8, 16)):
+            launch.OPTIONS[launch.tile_pass] = {"num_warps": tile_warps}
+            launch.OPTIONS[launch.row_pass] = {"num_warps": row_warps, "maxnreg": min(255, 2048 // row_warps)}
+            launch._launcher.cache_clear()
+            yield "triton", f"{tile_warps} + {row_warps} warps"
+        launch.OPTIONS.update(kept)
         launch._launcher.cache_clear()
-        measured = [measure(case, "triton", subjects(case)["triton"]) for case in grid]
+    if "cuda" in ours:
+        from genarm_kernels.backends.cuda import _cuda
+
+        for blocks in (0, 2, 4, 8, 16):
+            _cuda.force_cluster(blocks)
+            yield "cuda", f"{blocks} blocks a row" if blocks else "two launches"
+        _cuda.force_cluster(-1)
+
+
+def tune(out: Path) -> None:
+    """The kernels at other shapes of launch, cold, at the main vocabulary."""
+    table = Table(title="microseconds a step", title_justify="left")
+    grid = [Case(MAIN_VOCAB, batch, 1, f, "peaked", "cold") for batch in (1, 8, 64, 256) for f in FILTERS]
+    for column in ("backend", "shape", *(f"{case.filters} B={case.batch}" for case in grid)):
+        table.add_column(column)
+    about, rows = environment(), []
+    for name, shape in shapes_of_launch():
+        measured = [measure(case, name, subjects(case)[name]) for case in grid]
         times = [None if t is None else t.median for t in measured]
-        rows.append({"tile_warps": tile_warps, "row_warps": row_warps, "us": times})
-        table.add_row(f"{tile_warps}, {row_warps}", *("" if t is None else f"{t:.1f}" for t in times))
+        rows.append({"backend": name, "shape": shape, "us": times})
+        table.add_row(name, shape, *("" if t is None else f"{t:.1f}" for t in times))
         print(rows[-1], flush=True)
-    launch.OPTIONS.update(kept)
-    launch._launcher.cache_clear()
     lines = ",\n  ".join(json.dumps(row) for row in rows)
     cases_line = json.dumps([case._asdict() for case in grid])
     (out / "tune.json").write_text(
         f'{{"environment": {json.dumps(about)},\n"cases": {cases_line},\n"rows": [\n  {lines}]}}\n'
     )
-    Console(width=170).print(table)
+    Console(width=200).print(table)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=None, help="folder of the JSON; default bench/results/<device>")
-    parser.add_argument("--tune", action="store_true", help="time other numbers of warps instead")
+    parser.add_argument("--tune", action="store_true", help="time other shapes of launch instead")
     parser.add_argument("--quick", action="store_true", help="the shapes that have targets only")
     options = parser.parse_args()
     if not torch.cuda.is_available():

@@ -8,10 +8,12 @@ import sys
 
 import torch
 
-from genarm_kernels import guided_log_softmax, guided_step
+from genarm_kernels import available_backends, guided_log_softmax, guided_step
+from genarm_kernels.backends import cuda
 from genarm_kernels.testing import make_logits, random_case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OURS = [name for name in available_backends() if name in ("triton", "cuda")]
 
 
 def main() -> None:
@@ -19,19 +21,23 @@ def main() -> None:
     base, arm = (make_logits("normal", (2, 20000), torch.bfloat16, seed, DEVICE) for seed in range(2))
     filters = ({}, {"top_k": 50}, {"top_p": 0.9}, {"top_k": 2000, "top_p": 0.99}, {"min_p": 0.01})
     cases += [{"base_logits": base, "arm_logits": [arm], "weights": 0.5, **each} for each in filters]
-    if "--unchecked" in sys.argv:
-        for case in cases:
-            guided_step(**case, backend="triton")
-        guided_log_softmax(base, [arm], 0.5, backend="triton")
+    for backend in OURS:
+        for blocks in (-1, 0) if backend == "cuda" else (-1,):  # a cluster a row, and two launches
+            if backend == "cuda":
+                cuda._cuda.force_cluster(blocks)
+            for case in cases:
+                mine = guided_step(**case, backend=backend)
+                if "--unchecked" not in sys.argv:
+                    law = guided_step(**case, backend="reference")
+                    for name in ("token", "kept", "status"):
+                        assert torch.equal(getattr(mine, name), getattr(law, name)), (backend, name, mine, law)
+            whole = guided_log_softmax(base, [arm], 0.5, backend=backend)
+            if "--unchecked" not in sys.argv:
+                law_whole = guided_log_softmax(base, [arm], 0.5, backend="reference")
+                torch.testing.assert_close(whole, law_whole, rtol=1e-6, atol=1e-5)
+    if DEVICE == "cuda":
         torch.cuda.synchronize()
-        return
-    for case in cases:
-        mine, law = (guided_step(**case, backend=backend) for backend in ("triton", "reference"))
-        for name in ("token", "kept", "status"):
-            assert torch.equal(getattr(mine, name), getattr(law, name)), (name, mine, law)
-    mine, law = (guided_log_softmax(base, [arm], 0.5, backend=backend) for backend in ("triton", "reference"))
-    torch.testing.assert_close(mine, law, rtol=1e-6, atol=1e-5)
-    print(f"{len(cases)} calls agree with the reference")
+    print(f"{len(cases)} calls on {', '.join(OURS)}")
 
 
 if __name__ == "__main__":

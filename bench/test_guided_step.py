@@ -77,7 +77,7 @@ def serving() -> list[str]:
 
     def serves(name: str) -> bool:
         try:
-            backends.load(name, DEVICE)
+            backends.load(name, DEVICE, 1)
         except RuntimeError:
             return False
         return True

@@ -52,7 +52,7 @@ def guided_step(backend: str, base_logits: Tensor, arm_logits: list[Tensor], *ar
 
 @torch.library.impl(_LIBRARY, "guided_step", "CompositeExplicitAutograd")
 def _guided_step(backend: str, base_logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return backends.load(backend, base_logits.device.type).guided_step(base_logits, *args)
+    return backends.load(backend, base_logits.device.type, len(base_logits)).guided_step(base_logits, *args)
 
 
 @torch.library.register_fake("genarm_kernels::guided_step", lib=_LIBRARY)
@@ -64,7 +64,7 @@ def _guided_step_fake(
 
 @torch.library.impl(_LIBRARY, "guided_log_softmax", "CompositeExplicitAutograd")
 def _guided_log_softmax(backend: str, base_logits: Tensor, *args: Any) -> Tensor:
-    return backends.load(backend, base_logits.device.type).guided_log_softmax(base_logits, *args)
+    return backends.load(backend, base_logits.device.type, len(base_logits)).guided_log_softmax(base_logits, *args)
 
 
 @torch.library.register_fake("genarm_kernels::guided_log_softmax", lib=_LIBRARY)

@@ -94,7 +94,7 @@ struct Row {
         z[4 * i] = four.x, z[4 * i + 1] = four.y, z[4 * i + 2] = four.z, z[4 * i + 3] = four.w;
       }
     } else {
-      combine<T, false>(a, row, tile, z, [](int, const Logits<T>&) {});
+      combine<T, false, false>(a, row, tile, z, board);
       allow<T>(a, row, tile, z);
     }
   }

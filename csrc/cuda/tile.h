@@ -5,6 +5,8 @@
 #ifndef GENARM_CUDA_TILE_H_
 #define GENARM_CUDA_TILE_H_
 
+#include <type_traits>
+
 #include "common/combine.h"
 #include "cuda/board.h"
 
@@ -69,26 +71,68 @@ __device__ const T* operand_row(const Arguments& a, int64_t row, int i) {
   return static_cast<const T*>(a.operand[i].x) + row * a.operand[i].stride;
 }
 
-// z of a tile's tokens, the operands in their order; `visit(i, logits)` sees each of them. kPairs: two are on their way
-// at once.
-template <class T, bool kPairs, class Visit>
-__device__ void combine(const Arguments& a, int64_t row, int tile, float (&z)[kPerLane], Visit visit) {
+// The lane's terms, one element after the other, then the lanes'.
+class SumOfTile {
+ public:
+  __device__ void add(int e, float term) { part_[e % 4] += term; }
+  __device__ float of_warp() const { return warp_sum((part_[0] + part_[1]) + (part_[2] + part_[3])); }
+
+ private:
+  float part_[4] = {};
+};
+
+template <class Values>
+__device__ float largest_of(const Values& x, int elements) {
+  float top = -kInfinity;
+#pragma unroll
+  for (int e = 0; e < elements; ++e) top = fmaxf(top, x[e]);
+  return warp_max(top);
+}
+
+// z of a tile's tokens, the operands in their order. kPairs: two are on their way at once. kOwn: with log-probabilities
+// each operand's own sum of exponentials goes to the board. Its reference is the largest of a quarter of the tokens,
+// which spares the search for the largest of all but where that is far above: an exponent of 14 is rounded by 5e-7.
+template <class T, bool kPairs, bool kOwn>
+__device__ void combine(const Arguments& a, int64_t row, int tile, float (&z)[kPerLane], const Board& board) {
 #pragma unroll
   for (int e = 0; e < kPerLane; ++e) z[e] = 0;
-  const auto add = [&](int i, const Logits<T>& x) {
-    visit(i, x);
-    const float weight = a.weight(row, i);
+  // In a loop of its own with and without a share in z: a predicate would cost a move a token.
+  const auto add = [&](float weight, const Logits<T>& x) {
     if (weight == 0) return;
 #pragma unroll
     for (int e = 0; e < kPerLane; ++e) z[e] = fmaf(weight, x[e], z[e]);
+  };
+  const auto add_and_sum = [&](auto share, float weight, const Logits<T>& x, float reference) {
+    SumOfTile own;
+#pragma unroll
+    for (int e = 0; e < kPerLane; ++e) {
+      if (decltype(share)::value) z[e] = fmaf(weight, x[e], z[e]);
+      own.add(e, power_near(x[e], reference, kLog2E));
+    }
+    return own.of_warp();
+  };
+  const auto use = [&](int i, const Logits<T>& x) {
+    const float weight = a.weight(row, i);
+    if (!kOwn || !a.logprobs) return add(weight, x);
+    float top = finite_or_zero(largest_of(x, kRun));
+    float sum =
+        weight == 0 ? add_and_sum(std::false_type(), weight, x, top) : add_and_sum(std::true_type(), weight, x, top);
+    if (!(is_near(top, kLog2E) && sum >= 0.5f && sum < 16384.0f)) {
+      top = finite_or_zero(largest_of(x, kPerLane));
+      SumOfTile own;
+#pragma unroll
+      for (int e = 0; e < kPerLane; ++e) own.add(e, power(x[e], top, kLog2E));
+      sum = own.of_warp();
+    }
+    if (lane_of_thread() == 0) board.top(1 + i)[tile] = top, board.sum(1 + i)[tile] = sum;
   };
   for (int i = 0; i < a.operands; i += kPairs ? 2 : 1) {
     Logits<T> first, second;
     first.load(operand_row<T>(a, row, i), tile, a.vocab);
     const bool both = kPairs && i + 1 < a.operands;
     if (both) second.load(operand_row<T>(a, row, i + 1), tile, a.vocab);
-    add(i, first);
-    if (both) add(i + 1, second);
+    use(i, first);
+    if (both) use(i + 1, second);
   }
 }
 
@@ -148,34 +192,6 @@ __device__ int allow(const Arguments& a, int64_t row, int tile, float (&z)[kPerL
   return __any_sync(kWholeWarp, bad != 0) ? -1 : allowed;
 }
 
-// Adds up term(e) of the lane's elements, then the lanes'.
-template <class Term>
-__device__ float sum_of_tile(Term term) {
-  float part[4] = {};
-#pragma unroll
-  for (int e = 0; e < kPerLane; ++e) part[e % 4] += term(e);
-  return warp_sum((part[0] + part[1]) + (part[2] + part[3]));
-}
-
-// An operand's own sum of exponentials. Its reference is the largest of a quarter of the tokens, which spares the
-// search for the largest of all but where that is far above: an exponent of 14 is rounded by 5e-7.
-template <class T>
-__device__ void summarise_operand(const Logits<T>& x, int tile, float* tops, float* sums) {
-  float top = -kInfinity;
-#pragma unroll
-  for (int e = 0; e < kRun; ++e) top = fmaxf(top, x[e]);
-  top = finite_or_zero(warp_max(top));
-  float sum = sum_of_tile([&](int e) { return power_near(x[e], top, kLog2E); });
-  if (!(is_near(top, kLog2E) && sum >= 0.5f && sum < 16384.0f)) {
-    top = -kInfinity;
-#pragma unroll
-    for (int e = 0; e < kPerLane; ++e) top = fmaxf(top, x[e]);
-    top = finite_or_zero(warp_max(top));
-    sum = sum_of_tile([&](int e) { return power(x[e], top, kLog2E); });
-  }
-  if (lane_of_thread() == 0) tops[tile] = top, sums[tile] = sum;
-}
-
 // z of a tile that is kept in shared memory, so that a warp's accesses fill all banks: [tile, kPerLane / 4, lane].
 __device__ inline float4* kept_tile(float4* kept, int tile_in_block) {
   return kept + tile_in_block * (kTile / 4) + lane_of_thread();
@@ -187,9 +203,7 @@ __device__ void summarise_tile(const Arguments& a, int64_t row, float scale, int
                                float* top_kept) {
   const int lane = lane_of_thread();
   float z[kPerLane];
-  combine<T, sizeof(T) == 2>(a, row, tile, z, [&](int i, const Logits<T>& x) {
-    if (a.logprobs) summarise_operand(x, tile, board.top(1 + i), board.sum(1 + i));
-  });
+  combine<T, sizeof(T) == 2, true>(a, row, tile, z, board);
   const int allowed = allow<T>(a, row, tile, z);
   float top = -kInfinity;
 #pragma unroll
@@ -202,11 +216,18 @@ __device__ void summarise_tile(const Arguments& a, int64_t row, float scale, int
     }
   }
   const float reference = finite_or_zero(top);
-  const float sum = is_near(reference, scale) ? sum_of_tile([&](int e) { return power_near(z[e], reference, scale); })
-                                              : sum_of_tile([&](int e) { return power(z[e], reference, scale); });
+  SumOfTile sum;
+  if (is_near(reference, scale)) {
+#pragma unroll
+    for (int e = 0; e < kPerLane; ++e) sum.add(e, power_near(z[e], reference, scale));
+  } else {
+#pragma unroll
+    for (int e = 0; e < kPerLane; ++e) sum.add(e, power(z[e], reference, scale));
+  }
+  const float mass = sum.of_warp();
   if (lane == 0) {
     board.top(0)[tile] = top;
-    board.sum(0)[tile] = sum;
+    board.sum(0)[tile] = mass;
     board.allowed()[tile] = allowed;
     if (top_kept) *top_kept = top;
   }

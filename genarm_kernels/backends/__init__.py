@@ -5,7 +5,7 @@ import importlib
 import importlib.util
 from types import ModuleType
 
-# Fastest last: "auto" takes the last one that can run on the operands' device.
+# The plainest first: where nothing else is known, "auto" takes the last one that can run on the operands' device.
 NAMES = ("reference", "cpu", "triton", "cuda")
 _DEVICES = {"cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
 
@@ -34,15 +34,35 @@ def available_backends() -> tuple[str, ...]:
     return tuple(name for name in NAMES if why_unavailable(name) is None)
 
 
+# The GPU backend that "auto" takes for up to so many rows, by measurement on an H200. None has been made yet: Triton
+# until the CUDA kernels are seen to be faster (bench/results/README.md).
+_FASTEST_ON_GPU = ((float("inf"), "triton"),)
+
+
 @functools.cache
-def load(name: str, device_type: str) -> ModuleType:
+def _able(device_type: str) -> tuple[str, ...]:
+    return tuple(name for name in available_backends() if device_type in _DEVICES.get(name, (device_type,)))
+
+
+def _auto(device_type: str, rows: int) -> str:
+    able = _able(device_type)
+    if device_type == "cuda":
+        measured = next(name for most, name in _FASTEST_ON_GPU if rows <= most)
+        if measured in able:
+            return measured
+    return able[-1]
+
+
+def load(name: str, device_type: str, rows: int) -> ModuleType:
     """The module of "auto" or a named backend: the operators with their arguments less `backend`.
 
     A named backend is never replaced by another: RuntimeError when it cannot run.
     """
-    if name == "auto":
-        able = [name for name in available_backends() if device_type in _DEVICES.get(name, (device_type,))]
-        name = able[-1]
+    return _module(_auto(device_type, rows) if name == "auto" else name, device_type)
+
+
+@functools.cache
+def _module(name: str, device_type: str) -> ModuleType:
     reason = why_unavailable(name)
     if reason is None and not interpreted(name) and device_type not in _DEVICES.get(name, (device_type,)):
         reason = f"the operands are on {device_type!r}"

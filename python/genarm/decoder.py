@@ -555,7 +555,7 @@ class _Run:
 
 def _check_backend(name: str, device_type: str) -> str:
     try:
-        backends.load(validation.backend(name), device_type)
+        backends.load(validation.backend(name), device_type, 1)
     except (ValueError, RuntimeError) as error:
         raise GenarmError(str(error)) from error
     return name
