@@ -12,6 +12,7 @@ from pathlib import Path
 import pybind11
 import pytest
 
+from engines import CASES, arguments, expected, tokens
 from genarm_kernels.backends import cuda
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +60,14 @@ class Emulation:
         kernels = self.compile(csrc / "cuda/guided_step.cu", flag, csrc)
         to = self.folder / f"{name}.so"
         subprocess.run([COMPILER, "-shared", flag, *self.objects, kernels, "-o", to], check=True)
+        return to
+
+    def program(self, source: Path, to: Path) -> Path:
+        """An engine linked with the kernels."""
+        flag = f"-fsanitize={self.sanitizer}"
+        parts = [self.folder / f"{ROOT.name}-{name}.o" for name in ("guided_step", "emulation")]
+        parts.append(self.compile(source, flag, ROOT / "csrc"))
+        subprocess.run([COMPILER, flag, *parts, "-o", to], check=True)
         return to
 
     def run(self, *command: object, module: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -114,6 +123,35 @@ def test_no_two_threads_race(thread: Emulation) -> None:
     """In shared memory, a cluster's and the workspace: only barriers order threads (shuffles do not)."""
     done = thread.steps(thread.module, 2, 0)
     assert done.returncode == 0, report(done)
+
+
+@needs_compiler
+def test_the_cuda_engine_decodes_what_the_reference_decodes(address: Emulation, tmp_path: Path) -> None:
+    """The example's CUDA variant, whose device is the emulation."""
+    engine = address.program(ROOT / "csrc/examples/engine_cuda.cpp", tmp_path / "engine")
+    for options in CASES:
+        assert tokens(engine, *arguments(options), ASAN_OPTIONS="detect_leaks=0") == expected(**options), options
+    refused = subprocess.run([engine, "--weight", "1e38"], capture_output=True, text=True)
+    assert refused.returncode == 1 and "is --weight too large?" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("nvcc")), reason="needs cmake and nvcc")
+def test_the_cuda_engine_builds_without_torch(tmp_path: Path) -> None:
+    """As the README of the C interface says; for one architecture."""
+    build, prefix, engine = tmp_path / "build", tmp_path / "prefix", tmp_path / "engine"
+    for command in (
+        ["cmake", "-S", ROOT / "csrc", "-B", build, "-DGENARM_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=90"],
+        ["cmake", "--build", build, "--parallel", "2"],
+        ["cmake", "--install", build, "--prefix", prefix],
+        ["cmake", "-S", ROOT / "csrc/examples", "-B", engine, f"-DCMAKE_PREFIX_PATH={prefix}"],
+        ["cmake", "--build", engine],
+    ):
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        assert done.returncode == 0, report(done)
+        assert "warning" not in done.stdout + done.stderr, report(done)
+    done = subprocess.run([engine / "engine_cuda"], capture_output=True, text=True)
+    assert done.returncode == 0 or "engine: CUDA: " in done.stderr, report(done)  # no GPU here, perhaps
 
 
 FAULTS = {
