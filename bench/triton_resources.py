@@ -26,7 +26,7 @@ MOST_OPERANDS = 10  # N = 9: the most that the random tests draw; more ARMs work
 # Bytes, and registers a thread: at 128 an SM holds 16 tiles, 64 KB of 16-bit logits with N = 1 on their way to it. A
 # program of the row pass has an SM to itself up to B = the number of SMs.
 MOST_SHARED = 48 * 1024
-MOST_REGISTERS = {"tile_pass": 255, "row_pass": 255, "whole_row_pass": 128}
+MOST_REGISTERS = {"tile_pass": 208, "row_pass": 255, "whole_row_pass": 128}
 
 
 def specialisations(everything: bool) -> Iterator[tuple[str, Any]]:

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +31,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DRAWN, BAD_ROW, NO_ALLOWED_TOKEN = 0, 1, 2
 TILE = 1024
 large = pytest.mark.large
+on_gpu = pytest.mark.parametrize("name", [name for name in available_backends() if name in ("triton", "cuda")])
 
 
 # --- The oracle -------------------------------------------------------------------------------------------------------
@@ -1384,6 +1386,62 @@ def test_run_concurrently_overlaps_and_joins() -> None:
 
     seconds(lambda: forward(0))
     assert seconds(lambda: forward(0), lambda: forward(1)) < 1.5 * seconds(lambda: forward(0))
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_a_graph_keeps_its_workspace(name: str) -> None:
+    """Larger calls after the capture, on the same stream, leave a replay's memory alone."""
+    assert torch.cuda.is_available(), "needs an NVIDIA GPU"
+    base = make_logits("normal", (2, 5000), device="cuda")
+    position = torch.zeros(2, dtype=torch.int64, device="cuda")
+
+    def step() -> Any:
+        return guided_step(base, top_p=0.9, position=position, backend=name)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for i in range(3):
+        large = make_logits("flat", (64, 50000 + 1000 * i), device="cuda")
+        guided_step(large, top_p=0.9, backend=name)
+        position += 1
+        graph.replay()
+        assert torch.equal(captured.token, step().token)
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_threads_share_a_stream(name: str) -> None:
+    """Each call has a workspace of its own. (Emulations run one thread at a time.)"""
+    assert torch.cuda.is_available(), "needs an NVIDIA GPU"
+    cases = [make_logits("normal", (8, 2000), seed=i, device="cuda") for i in range(4)]
+    alone = [guided_step(x, top_k=5, backend=name).token for x in cases]
+
+    def same(i: int) -> bool:
+        return all(torch.equal(guided_step(cases[i], top_k=5, backend=name).token, alone[i]) for _ in range(50))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(same, range(4)))
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_two_streams_never_hang(name: str) -> None:
+    """Launches that fill the GPU, side by side: no block waits for one that cannot start."""
+    assert torch.cuda.is_available(), "needs an NVIDIA GPU"
+    rows = [make_logits("flat", (256, 128256), torch.bfloat16, seed, "cuda") for seed in range(2)]
+    alone = [guided_step(x, top_k=2000, top_p=0.9, backend=name).token for x in rows]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in rows]
+    drawn: list[list[Tensor]] = [[], []]
+    for _ in range(50):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                drawn[i].append(guided_step(rows[i], top_k=2000, top_p=0.9, backend=name).token)
+    torch.cuda.synchronize()
+    assert all(torch.equal(token, alone[i]) for i in range(2) for token in drawn[i])
 
 
 @pytest.mark.gpu

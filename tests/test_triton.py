@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -191,39 +190,3 @@ def test_extreme_scales(largest: float, temperature: float) -> None:
             assert torch.equal(getattr(mine, name), getattr(law, name)), (kwargs, name)
         assert law.status.tolist() == [0] * 4
         torch.testing.assert_close(mine.logprob, law.logprob, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.gpu
-def test_a_graph_keeps_its_workspace() -> None:
-    """Larger calls after the capture, on the same stream, leave a replay's memory alone."""
-    assert torch.cuda.is_available(), "needs an NVIDIA GPU"
-    base = make_logits("normal", (2, 5000), device="cuda")
-    position = torch.zeros(2, dtype=torch.int64, device="cuda")
-
-    def step() -> Any:
-        return guided_step(base, top_p=0.9, position=position, backend="triton")
-
-    step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for i in range(3):
-        large = make_logits("flat", (64, 50000 + 1000 * i), device="cuda")
-        guided_step(large, top_p=0.9, backend="triton")
-        position += 1
-        graph.replay()
-        assert torch.equal(captured.token, step().token)
-
-
-@pytest.mark.gpu
-def test_threads_share_a_stream() -> None:
-    """Each call has a workspace of its own. (Triton's interpreter runs one thread at a time.)"""
-    assert torch.cuda.is_available(), "needs an NVIDIA GPU"
-    cases = [make_logits("normal", (8, 2000), seed=i, device="cuda") for i in range(4)]
-    alone = [guided_step(x, top_k=5, backend="triton").token for x in cases]
-
-    def same(i: int) -> bool:
-        return all(torch.equal(guided_step(cases[i], top_k=5, backend="triton").token, alone[i]) for _ in range(50))
-
-    with ThreadPoolExecutor(4) as pool:
-        assert all(pool.map(same, range(4)))
