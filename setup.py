@@ -15,12 +15,9 @@ from pathlib import Path
 import pybind11
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import Extension, setup
-from setuptools.modified import newer_group
 
 SOURCES = ["bindings.cpp", *(f"cpu/{name}.cpp" for name in ("guided_step", "isa", "thread_pool"))]
 SOURCES += [f"cpu/{isa}.cpp" for isa in ("portable", "avx2", "avx512")]
-
-
 HEADERS = [str(path) for pattern in ("*.h", "*.inc") for path in sorted(Path("csrc").rglob(pattern))]
 NAMES = {"cpu": "CPU core", "cuda": "CUDA kernels"}
 CUDA_ARCHS = os.environ.get("GENARM_CUDA_ARCHS", "80;90;100").replace(",", ";")
@@ -51,15 +48,17 @@ class BuildParts(build_ext):
             self.warn(f"the {NAMES[part]}: not built: {error}")
 
     def build_with_nvcc(self, ext: Extension, target: Path) -> None:
-        """Two commands; the CUDA runtime is linked in, so that one build serves every torch."""
+        """The CUDA runtime is linked in and no torch is, so that one build serves every torch."""
         home = os.environ.get("CUDA_HOME")
         nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
         if nvcc is None:
             raise RuntimeError("no nvcc in PATH or CUDA_HOME/bin")
         target.parent.mkdir(parents=True, exist_ok=True)
-        built = Path("genarm_kernels") / target.name
-        if "GENARM_CUDA_ARCHS" not in os.environ and not newer_group([*ext.sources, *HEADERS, __file__], str(built)):
-            if built != target:
+        built = Path("genarm_kernels") / target.name  # by an earlier call, in place
+        newest = max(os.path.getmtime(file) for file in (*ext.sources, *HEADERS, "setup.py"))
+        archs_inside = f"\0{CUDA_ARCHS}\0".encode()  # as _cuda.ARCHITECTURES
+        if built.exists() and built.stat().st_mtime > newest and archs_inside in built.read_bytes():
+            if built.resolve() != target.resolve():
                 shutil.copy2(built, target)
             return
         archs = CUDA_ARCHS.split(";")

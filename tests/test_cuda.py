@@ -213,6 +213,22 @@ FAULTS = {
         "data race",
     ),
     "a bin's edge one token off": ("address", "filter.h", "(middle)) < bin) {", "(middle)) <= bin) {", ""),
+    "one token more than top-k": (
+        "address",
+        "filter.h",
+        "above < static_cast<uint64_t>(r.top_k)",
+        "above <= static_cast<uint64_t>(r.top_k)",
+        "",
+    ),
+    "a bit of the mask lost": ("address", "tile.h", "v % 32 & 0xFFu", "v % 32 & 0x7Fu", ""),
+    "equals of the threshold dropped": (
+        "address",
+        "filter.h",
+        "if (z[e] < threshold) continue;",
+        "if (z[e] <= threshold) continue;",
+        "",
+    ),
+    "the draw from the other end": ("address", "draw.h", "(uniform * static_cast", "((1 - uniform) * static_cast", ""),
     "a carry lost": ("address", "filter.h", "before + low < before ? 1", "before + low < before ? 0", ""),
 }
 IN_EVERY_RUN = ("no barrier after the totals", "a write past the vocabulary")

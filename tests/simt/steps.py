@@ -26,7 +26,7 @@ def cases() -> list[dict[str, Any]]:
     filters = (
         {},
         {"temperature": 0.0},
-        {"top_k": 5},
+        {"top_k": 20},
         {"top_k": 40, "top_p": 0.9, "min_p": 0.01},
         {"top_p": 0.9, "temperature": 3.0},
         {"top_k": 600, "top_p": 0.95},
