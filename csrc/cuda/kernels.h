@@ -81,7 +81,7 @@ __device__ void read_row(const Row<T, true, kKept>& r) {
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) cluster_step(const __grid_constant__ Arguments a) {
   if constexpr (kClusters) {
-    cluster_arrive();
+    cluster_arrive_relaxed();
     const auto r = row_of_cluster<T, false>(a);
     read_row(r);
     if (r.rank != 0) return;
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, 2) cluster_step(const __grid_constan
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) cluster_filtered_step(const __grid_constant__ Arguments a) {
   if constexpr (kClusters) {
-    cluster_arrive();
+    cluster_arrive_relaxed();
     const auto r = row_of_cluster<T, true>(a);
     read_row(r);
     cluster_wait();
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, 2) cluster_filtered_step(const __gri
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) cluster_whole(const __grid_constant__ Arguments a) {
   if constexpr (kClusters) {
-    cluster_arrive();
+    cluster_arrive_relaxed();
     const auto r = row_of_cluster<T, true>(a);
     read_row(r);
     cluster_wait();

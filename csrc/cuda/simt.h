@@ -27,7 +27,13 @@ __device__ __forceinline__ int cluster_rank() {
 #endif
 }
 
-// Everything written before `arrive` is seen after `wait`. Threads that have ended count as arrived.
+// Everything written before `arrive` is seen after `wait`; not before the relaxed one, which spares a fence. Threads
+// that have ended count as arrived.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#if defined(GENARM_CLUSTERS) && defined(__CUDA_ARCH__)
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#endif
+}
 __device__ __forceinline__ void cluster_arrive() {
 #if defined(GENARM_CLUSTERS)
   cooperative_groups::this_cluster().barrier_arrive();

@@ -370,9 +370,9 @@ void sync_warp() { exchange(~0u, Kind::kSyncwarp, 0); }
 
 void sync_threads() { wait(current->block->barrier, true); }
 
-void cluster_arrive() {
+void cluster_arrive(bool ordering) {
   if (current->arrived) die("a thread arrives twice at its cluster's barrier");
-  release(&cluster.phase);
+  if (ordering) release(&cluster.phase);
   current->arrived = true;
   current->phase = cluster.phase;
   --cluster.missing;

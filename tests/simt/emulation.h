@@ -56,7 +56,7 @@ bool any(unsigned mask, bool value);
 int64_t least(unsigned mask, int64_t value);
 void sync_warp();
 void sync_threads();
-void cluster_arrive();
+void cluster_arrive(bool ordering);
 void cluster_wait();
 
 struct Launch {
@@ -120,7 +120,8 @@ namespace genarm {
 using std::min;
 
 inline int cluster_rank() { return simt::cluster_rank(); }
-inline void cluster_arrive() { simt::cluster_arrive(); }
+inline void cluster_arrive() { simt::cluster_arrive(true); }
+inline void cluster_arrive_relaxed() { simt::cluster_arrive(false); }
 inline void cluster_wait() { simt::cluster_wait(); }
 template <class T>
 T* in_block(T* x, int rank) {
