@@ -55,7 +55,7 @@ class BuildParts(build_ext):
             raise RuntimeError("no nvcc in PATH or CUDA_HOME/bin")
         target.parent.mkdir(parents=True, exist_ok=True)
         built = Path("genarm_kernels") / target.name  # by an earlier call, in place
-        newest = max(os.path.getmtime(file) for file in (*ext.sources, *HEADERS, "setup.py"))
+        newest = max(Path(file).stat().st_mtime for file in (*ext.sources, *HEADERS, "setup.py"))
         archs_inside = f"\0{CUDA_ARCHS}\0".encode()  # as _cuda.ARCHITECTURES
         if built.exists() and built.stat().st_mtime > newest and archs_inside in built.read_bytes():
             if built.resolve() != target.resolve():

@@ -265,3 +265,15 @@ def test_gpu_kernels_without_a_gpu(tmp_path, monkeypatch, capsys):
     assert "triton none B=1: us: 1 (bound 9) holds" in shown and "triton none B=64: us: 64 (bound 14) MISSED" in shown
     assert "triton none B=256: us: None (bound 42) not measured" in shown
     assert "times faster than eager: 1.0 (bound 20) MISSED" in shown
+
+
+def test_shapes_of_launch_are_put_back(monkeypatch):
+    from bench import gpu_kernels
+    from genarm_kernels.backends.triton import launch
+
+    monkeypatch.setattr(gpu_kernels, "available_backends", lambda: ("reference", "triton"))
+    kept, seen = dict(launch.OPTIONS), []
+    for name, shape in gpu_kernels.shapes_of_launch():
+        seen.append((name, shape, launch.OPTIONS[launch.tile_pass]["num_warps"]))
+    assert len(set(seen)) == 6 and {warps for *_, warps in seen} == {1, 2, 4}
+    assert kept == launch.OPTIONS

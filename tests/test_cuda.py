@@ -13,6 +13,7 @@ import pybind11
 import pytest
 
 from engines import CASES, arguments, expected, tokens
+from genarm_kernels import backends
 from genarm_kernels.backends import cuda
 
 ROOT = Path(__file__).parents[1]
@@ -152,6 +153,17 @@ def test_the_cuda_engine_builds_without_torch(tmp_path: Path) -> None:
         assert "warning" not in done.stdout + done.stderr, report(done)
     done = subprocess.run([engine / "engine_cuda"], capture_output=True, text=True)
     assert done.returncode == 0 or "engine: CUDA: " in done.stderr, report(done)  # no GPU here, perhaps
+
+
+def test_auto_takes_what_was_measured_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_able", lambda device_type: ("reference", "triton", "cuda"))
+    assert backends._auto("cuda", 64) == "triton", "until a GPU has measured"
+    monkeypatch.setattr(backends, "_FASTEST_ON_GPU", ((64, "cuda"), (float("inf"), "triton")))
+    assert [backends._auto("cuda", rows) for rows in (0, 64, 65)] == ["cuda", "cuda", "triton"]
+    monkeypatch.setattr(backends, "_able", lambda device_type: ("reference", "cuda"))
+    assert backends._auto("cuda", 65) == "cuda", "triton cannot run"
+    monkeypatch.undo()
+    assert backends._auto("cpu", 5) != "cuda"
 
 
 FAULTS = {
