@@ -24,12 +24,15 @@ CUDA_ARCHS = os.environ.get("GENARM_CUDA_ARCHS", "80;90;100").replace(",", ";")
 
 
 class BuildParts(build_ext):
+    def run(self) -> None:
+        self.in_place = self.inplace or self.editable_mode  # setuptools' own run() takes the former for False meanwhile
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         part = ext.name.rpartition("_")[2]  # cpu or cuda
         wanted = os.environ.get(f"GENARM_{part.upper()}", "")
         target = Path(self.get_ext_fullpath(ext.name))
-        in_place = self.inplace or self.editable_mode
-        reason_file = (Path("genarm_kernels") if in_place else target.parent) / f"_{part}.error"
+        reason_file = (Path("genarm_kernels") if self.in_place else target.parent) / f"_{part}.error"
         reason_file.unlink(missing_ok=True)
         try:
             if wanted == "0":
@@ -44,7 +47,9 @@ class BuildParts(build_ext):
             reason_file.parent.mkdir(parents=True, exist_ok=True)
             reason_file.write_text(f"built without the {NAMES[part]}: {str(error).strip() or type(error).__name__}\n")
             ext.optional = True  # nothing to copy, then
-            (Path("genarm_kernels") / target.name).unlink(missing_ok=True)  # of an earlier build
+            target.unlink(missing_ok=True)  # of an earlier build
+            if self.in_place:
+                (Path("genarm_kernels") / target.name).unlink(missing_ok=True)
             self.warn(f"the {NAMES[part]}: not built: {error}")
 
     def build_with_nvcc(self, ext: Extension, target: Path) -> None:

@@ -39,21 +39,19 @@ inline int64_t stride(py::handle tensor, int dimension) {
   return integer(PyObject_CallMethodOneArg(tensor.ptr(), name, dimensions[dimension]));
 }
 
-// The stride of a tensor with a value a row: never 0, which stands for a number.
-inline int64_t row_stride(py::handle rows) {
-  const int64_t found = stride(rows, 0);
-  return found == 0 ? 1 : found;  // of a single row
-}
+// The stride of a tensor with a value for each of `count` rows. Of a single row any will do but 0, which means a number
+// of the host's to a GPU.
+inline int64_t row_stride(py::handle rows, int64_t count) { return count == 1 ? 1 : stride(rows, 0); }
 
 // A parameter: `rows` where it is a tensor, otherwise the number for every row.
-inline genarm_floats floats(const float& number, py::handle rows) {
+inline genarm_floats floats(const float& number, py::handle rows, int64_t count) {
   if (rows.is_none()) return {&number, 0};
-  return {pointer<const float>(rows), row_stride(rows)};
+  return {pointer<const float>(rows), row_stride(rows, count)};
 }
 
-inline genarm_ints ints(const int64_t& number, py::handle rows) {
+inline genarm_ints ints(const int64_t& number, py::handle rows, int64_t count) {
   if (rows.is_none()) return {&number, 0};
-  return {pointer<const int64_t>(rows), row_stride(rows)};
+  return {pointer<const int64_t>(rows), row_stride(rows, count)};
 }
 
 // What both operations read; owns the arrays that `in` points to.
@@ -72,17 +70,17 @@ struct Inputs {
     in.vocab_size = vocab_size;
     in.arms = static_cast<int64_t>(arms.size());
     in.logits = logits.data();
-    in.base_weight = floats(base_weight, base_weight_rows);
+    in.base_weight = floats(base_weight, base_weight_rows, rows);
     if (weights_rows.is_none()) {
       for (py::handle number : numbers) weights.push_back(static_cast<float>(PyFloat_AsDouble(number.ptr())));
       in.weights = weights.data();
       in.weights_arm_stride = 1;
     } else {
       in.weights = pointer<const float>(weights_rows);
-      in.weights_row_stride = row_stride(weights_rows);
+      in.weights_row_stride = row_stride(weights_rows, rows);
       in.weights_arm_stride = stride(weights_rows, 1);
     }
-    in.temperature = floats(temperature, temperature_rows);
+    in.temperature = floats(temperature, temperature_rows, rows);
     if (!token_mask.is_none()) {
       in.token_mask = pointer<const int32_t>(token_mask);
       in.token_mask_row_stride = stride(token_mask, 0);
@@ -112,12 +110,12 @@ void guided_step(int dtype, py::handle place, int64_t rows, py::handle token, py
   args.in = inputs.in;
   args.in.struct_size = sizeof args;
   where.prepare(args.in);
-  args.top_k = ints(top_k, top_k_rows);
-  args.top_p = floats(top_p, top_p_rows);
-  args.min_p = floats(min_p, min_p_rows);
-  args.seed = ints(seed, seed_rows);
+  args.top_k = ints(top_k, top_k_rows, rows);
+  args.top_p = floats(top_p, top_p_rows, rows);
+  args.min_p = floats(min_p, min_p_rows, rows);
+  args.seed = ints(seed, seed_rows, rows);
   args.seed_step = seed_rows.is_none() ? 1 : 0;
-  args.position = ints(position, position_rows);
+  args.position = ints(position, position_rows, rows);
   args.token = pointer<int64_t>(token);
   args.kept = pointer<int32_t>(kept);
   args.status = pointer<int32_t>(status);

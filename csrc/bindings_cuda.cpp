@@ -1,6 +1,4 @@
 // The CUDA kernels for Python; genarm_kernels/backends/cuda.py is its caller.
-#include <string>
-
 #include "bindings.h"
 #include "cuda/python.h"
 #include "genarm_kernels_cuda.h"
@@ -9,20 +7,10 @@ namespace {
 
 namespace py = pybind11;
 
-void check(const char* wrong) {
-  if (wrong) throw std::runtime_error(std::string("CUDA: ") + wrong);
+// Python makes it so, where it is not: what torch and another copy of the CUDA runtime hold to be current is one thing.
+void expect_current(int device) {
+  if (!genarm::is_current(device)) throw std::runtime_error("CUDA: the operands' device is not the current one");
 }
-
-// Makes a device the thread's current one while it lives.
-class OnDevice {
- public:
-  explicit OnDevice(int device) { check(genarm::use_device(device, &before_)); }
-  ~OnDevice() { genarm::use_device(before_, nullptr); }
-  OnDevice(const OnDevice&) = delete;
-
- private:
-  int before_ = 0;
-};
 
 // Calls on a stream; Python says (device, stream, how to get so many bytes of it).
 class Gpu {
@@ -43,7 +31,7 @@ class Gpu {
   template <class Args>
   void run(Args& args, genarm_result (*workspace_size)(const Args*, size_t*, genarm_error*),
            genarm_result (*operation)(const Args*, genarm_cuda_stream, genarm_error*)) const {
-    const OnDevice on_device(device_);
+    expect_current(device_);
     genarm_error error;
     genarm_result result = workspace_size(&args, &args.in.workspace_size, &error);
     py::object workspace;  // back with its stream's allocator when the call has been put there: it is used in order
@@ -77,11 +65,10 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("guided_log_softmax", &genarm::bindings::guided_log_softmax<Gpu>);
   module.def(
       "make_ready",
-      [](int device) {
-        const OnDevice on_device(device);
-        check(genarm::make_ready());
+      [] {
+        if (const char* wrong = genarm::make_ready()) throw std::runtime_error(wrong);
       },
-      "What the first call on a device does; fails where the kernels were not built for it.");
+      "What the first call on the current device does; fails where the kernels were not built for it.");
   module.def(
       "force_cluster", [](int blocks) { genarm::forced_cluster = blocks; },
       "For tests: blocks that share a row from now on; 0: two launches, -1: as planned.");

@@ -1001,6 +1001,23 @@ def test_operand_of_weight_zero_reports_its_log_softmax(backend: str) -> None:
     assert torch.equal(only_arm.token, guided_step(y, seed=2, backend=backend).token)
 
 
+def test_operand_with_a_blocked_tile_far_below_zero(backend: str) -> None:
+    """What stands for the largest of a tile that has none must not count beside largest of -1000."""
+    x = make_logits("normal", (2, 2100)) - 1000
+    x[:, 1024:2048] = -INF
+    result = guided_step(x, [x - 1e5, x], [0.5, 0.0], seed=1, backend=backend)
+    torch.testing.assert_close(result.base_logprob, x.log_softmax(1).gather(1, result.token[:, None])[:, 0])
+    for arm in range(2):
+        own = (x - (1e5, 0)[arm]).double().log_softmax(1).gather(1, result.token[:, None])[:, 0]
+        torch.testing.assert_close(result.arm_logprobs[:, arm].double(), own, rtol=1e-5, atol=1e-5)
+
+
+def test_min_p_of_one_keeps_what_rounds_to_the_largest(backend: str) -> None:
+    flat = make_logits("normal", (2, 1100))
+    assert guided_step(flat, temperature=1e20, min_p=1.0, backend=backend).kept.tolist() == [1100, 1100]
+    assert guided_step(flat, min_p=1.0, backend=backend).kept.tolist() == [1, 1]
+
+
 def test_without_logprobs(backend: str) -> None:
     x = make_logits("normal", (3, 200))
     full, lean = (guided_step(x, [x], top_p=0.9, logprobs=flag, backend=backend) for flag in (True, False))

@@ -89,7 +89,7 @@ __device__ void write_failure(const Row& r, int status) {
     if (a.logprobs) a.logprob[r.row] = a.log_mass[r.row] = a.base_logprob[r.row] = NAN;
   }
   for (int i = static_cast<int>(threadIdx.x); a.logprobs && i < a.operands - 1; i += kThreads) {
-    a.arm_logprobs[r.row * (a.operands - 1) + i] = NAN;
+    a.arm_logprobs[int64_t{r.row} * (a.operands - 1) + i] = NAN;
   }
 }
 
@@ -102,7 +102,8 @@ __device__ void draw(const Row& r) {
     write_failure(r, r.mine.status);
     return;
   }
-  const uint64_t seed = static_cast<uint64_t>(a.seed.of(r.row)) + static_cast<uint64_t>(r.row * a.seed_step);
+  const uint64_t seed =
+      static_cast<uint64_t>(a.seed.of(r.row)) + static_cast<uint64_t>(r.row) * static_cast<uint64_t>(a.seed_step);
   const uint64_t position = static_cast<uint64_t>(a.position.of(r.row));
   const bool filtered = r.filtered();
 
@@ -160,7 +161,7 @@ __device__ void draw(const Row& r) {
   for (int e = 0; e < kPerLane; ++e) drawn_z = offset_of(e) == offset ? z[e] : drawn_z;
   drawn_z = warp_max(drawn_z);
   if (lane_of_thread() == 0) {
-    const double top = all.top, temperature = r.greedy() ? 1 : r.temperature;
+    const double top = all.top, temperature = r.greedy() ? 1 : r.temperature();
     const double log_sum = log(all.sum) + (all.reference - top * r.scale) * kLn2;
     const double logprob = (drawn_z - top) / temperature - log_sum;
     const double log_mass = kept < r.mine.allowed && kept_mass < all.sum ? log(kept_mass / all.sum) : 0;
@@ -172,7 +173,7 @@ __device__ void draw(const Row& r) {
     const double x = to_float(operand_row<typename Row::Element>(a, r.row, i)[token]);
     const double logprob = (x * kLog2E - own.reference) * kLn2 - log(own.sum);
     const float result = own.sum < kInfinity ? static_cast<float>(logprob) : NAN;
-    *(i == 0 ? a.base_logprob + r.row : a.arm_logprobs + r.row * (a.operands - 1) + i - 1) = result;
+    *(i == 0 ? a.base_logprob + r.row : a.arm_logprobs + int64_t{r.row} * (a.operands - 1) + i - 1) = result;
   }
 }
 
@@ -181,9 +182,9 @@ template <class Row>
 __device__ void write_whole(const Row& r) {
   const int status = r.lead.status;
   const Total all = r.lead.total[0];
-  const double rate = 1 / static_cast<double>(r.temperature), top = all.top;
+  const double rate = 1 / static_cast<double>(r.temperature()), top = all.top;
   const double log_sum = log(all.sum) + (all.reference - top * r.scale) * kLn2;
-  float* out = r.a.whole + r.row * r.a.whole_stride;
+  float* out = r.a.whole + int64_t{r.row} * r.a.whole_stride;
   for (int tile = r.first + warp_of_thread(); tile < r.last; tile += kWarps) {
     float z[kPerLane];
     r.load(tile, z);

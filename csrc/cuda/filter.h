@@ -1,5 +1,5 @@
 // Pass 2 with filters: the threshold from which on tokens are kept, and the tiles' masses of them. Exact, by whole
-// numbers whose sums do not depend on their order; nothing is sorted.
+// numbers whose sums do not depend on their order, given the masses, which are float32's; nothing is sorted.
 //
 // Few tokens can be kept of nearly every row: those above a bound that the tiles' summaries give are compared each with
 // each by the first block. Where they are many, a histogram of z (count and mass a bin) finds the bin that holds the
@@ -170,7 +170,7 @@ __device__ float bound_of_top_k(const Row& r, float top) {
     ++finite;
   }
   lowest = block_min(r.mine, lowest);
-  if (block_sum(r.mine, finite) < static_cast<uint64_t>(r.top_k)) return -kMaxFloat;
+  if (block_sum(r.mine, finite) < static_cast<uint64_t>(r.top_k())) return -kMaxFloat;
   const Bins bins(lowest, top, false);
   clear_bins(r.mine);
   __syncthreads();
@@ -178,7 +178,7 @@ __device__ float bound_of_top_k(const Row& r, float top) {
     if (tops[group] > -kInfinity) atomicAdd(&r.mine.bin_count[bins.of(tops[group])], 1u);
   }
   __syncthreads();
-  find_boundary(r.mine, 1, {false, static_cast<double>(r.top_k)});
+  find_boundary(r.mine, 1, {false, static_cast<double>(r.top_k())});
   float bound = top;
   for (int group = thread; group < groups; group += kThreads) {
     if (tops[group] > -kInfinity && bins.of(tops[group]) >= r.mine.boundary) bound = fminf(bound, tops[group]);
@@ -239,10 +239,10 @@ __device__ void keep_few(const Row& r, double row_mass, float min_z) {
   uint32_t above = 0;
   uint64_t mass_above = 0;
   if (is_one) compare(r.mine, count, &above, &mass_above);
-  bool keep = is_one && (r.top_k == 0 || above < static_cast<uint64_t>(r.top_k));
-  if (r.top_p < 1) {
-    if (r.top_k > 0) row_mass = static_cast<double>(block_sum(r.mine, keep ? mass : 0));
-    keep = keep && static_cast<double>(mass_above) < r.top_p * row_mass;
+  bool keep = is_one && (r.top_k() == 0 || above < static_cast<uint64_t>(r.top_k()));
+  if (r.top_p() < 1) {
+    if (r.top_k() > 0) row_mass = static_cast<double>(block_sum(r.mine, keep ? mass : 0));
+    keep = keep && static_cast<double>(mass_above) < r.top_p() * row_mass;
   }
   keep = is_one && ((keep && r.mine.z[thread] >= min_z) || r.mine.z[thread] == top);
   const float threshold = block_min(r.mine, keep ? r.mine.z[thread] : top);
@@ -370,20 +370,21 @@ __device__ void filter(const Row& r) {
   double row_mass = 0;
   if (r.rank == 0 && r.mine.status == GENARM_DRAWN) {
     const float top = r.mine.total[0].top;
-    if (r.min_p > 0) min_z = fminf(round_up(top + r.temperature * log(static_cast<double>(r.min_p))), top);
+    if (r.min_p() > 0)
+      min_z = fminf(round_up(top + r.temperature() * fmin(log(static_cast<double>(r.min_p())), -0x1p-54)), top);
     row_mass = ldexp(r.mine.total[0].sum, mass_bits(r.a.vocab));
     if (thread == 0) r.mine.interval = {-kMaxFloat, top, 0, 0, 0, 0};
     for (int tile = thread; tile < r.a.tiles; tile += kThreads) r.board.weights()[tile] = 0;
     __syncthreads();
     float low = -kMaxFloat;
-    if (r.top_k > 0) {
+    if (r.top_k() > 0) {
       low = bound_of_top_k(r, top);
-    } else if (r.top_p < 1) {
+    } else if (r.top_p() < 1) {
       // Tokens of less than (1 - top_p) / V each are lighter together than what top-p drops.
-      const double least = 0.9 * (1 - static_cast<double>(r.top_p)) * r.mine.total[0].sum / r.a.vocab;
-      low = fminf(round_up(top + r.temperature * log(least)), top);
+      const double least = 0.9 * (1 - static_cast<double>(r.top_p())) * r.mine.total[0].sum / r.a.vocab;
+      low = fminf(round_up(top + r.temperature() * log(least)), top);
     }
-    if (r.top_k == 0 || r.top_p >= 1) low = fmaxf(low, min_z);
+    if (r.top_k() == 0 || r.top_p() >= 1) low = fmaxf(low, min_z);
     if (thread == 0) {
       r.mine.interval = {fmaxf(low, -kMaxFloat), top, 0, 0, 0, 0};
       r.mine.found = r.mine.kept = 0;
@@ -402,18 +403,18 @@ __device__ void filter(const Row& r) {
   }
   // 3. Too many: one filter after the other.
   float threshold = all.low;
-  if (r.top_k > 0) {
-    narrow(r, {false, static_cast<double>(r.top_k)}, top);
+  if (r.top_k() > 0) {
+    narrow(r, {false, static_cast<double>(r.top_k())}, top);
     r.sync();
     threshold = r.lead.threshold;
   }
-  if (r.top_p < 1) {
+  if (r.top_p() < 1) {
     if (r.rank == 0) {
-      if (r.top_k > 0) row_mass = static_cast<double>(r.mine.mass);
+      if (r.top_k() > 0) row_mass = static_cast<double>(r.mine.mass);
       if (thread == 0) r.mine.interval = {threshold, top, 0, 0, 0, 0};
     }
     r.sync();  // by now all have read that threshold, too
-    narrow(r, {true, r.top_p * row_mass}, top);
+    narrow(r, {true, r.top_p() * row_mass}, top);
     r.sync();
     threshold = fmaxf(threshold, r.lead.threshold);
   }

@@ -1,5 +1,6 @@
 // The operations of the C interface on a GPU: arguments checked, the launch planned, kernels put on the stream.
 #include <mutex>
+#include <vector>
 
 #include "common/check.h"
 #include "cuda/plan.h"
@@ -26,12 +27,13 @@ CudaError with_type(genarm_dtype dtype, Use use) {
 // The current device, whose kernels the first call on it makes ready.
 CudaError ready_device(Device* device) {
   static std::mutex mutex;
-  static Device known[64];
+  static std::vector<Device> known;
   if (const CudaError error = current_device(device)) return error;
-  if (device->index >= 64) return {};
   const std::lock_guard<std::mutex> lock(mutex);
-  Device& here = known[device->index];
+  if (static_cast<size_t>(device->index) >= known.size()) known.resize(static_cast<size_t>(device->index) + 1);
+  Device& here = known[static_cast<size_t>(device->index)];
   if (here.multiprocessors == 0) {
+    if (const CudaError e = leave_clusters_where_not_compiled(cluster_step<float>, device)) return e;
     bool of_16 = device->largest_cluster > 0;
     for (genarm_dtype dtype : {GENARM_FLOAT32, GENARM_BFLOAT16, GENARM_FLOAT16}) {
       const CudaError error = with_type(dtype, [&](auto element) -> CudaError {
@@ -44,6 +46,7 @@ CudaError ready_device(Device* device) {
             of_16 = of_16 && allowed;
           }
         }
+        if (const CudaError e = prepare(tile_pass<T>, *device)) return e;
         if (const CudaError e = prepare(row_pass<T>, *device)) return e;
         return prepare(whole_pass<T>, *device);
       });
@@ -163,6 +166,9 @@ genarm_result run(const Args* args, void* stream, genarm_error* error) {
     return fail(error, GENARM_INVALID_ARGUMENT, "workspace_size: expected at least %zu bytes of device memory, got %zu",
                 bytes, args->in.workspace ? args->in.workspace_size : 0);
   }
+  if (bytes > 0 && reinterpret_cast<uintptr_t>(args->in.workspace) % 16 != 0) {
+    return fail(error, GENARM_INVALID_ARGUMENT, "workspace: expected an address that is a multiple of 16");
+  }
   const bool whole = a.whole != nullptr;
   const CudaError e = with_type(args->in.dtype, [&](auto element) -> CudaError {
     using T = decltype(element);
@@ -190,12 +196,9 @@ genarm_result run(const Args* args, void* stream, genarm_error* error) {
 
 }  // namespace
 
-const char* use_device(int device, int* before) {
+bool is_current(int device) {
   int current = 0;
-  CudaError error = get_device(&current);
-  if (!error && current != device) error = set_device(device);
-  if (before) *before = current;
-  return error ? words(error) : nullptr;
+  return !get_device(&current) && current == device;
 }
 
 const char* make_ready() {

@@ -29,27 +29,11 @@ struct Layout {
 GENARM_HD int pairs_of(const Arguments& a) { return 1 + (a.logprobs ? a.operands : 0); }
 
 template <class Row>
-__device__ Row row_of(const Arguments& a, int64_t row, int rank, Shared* lead, const Board& board) {
+__device__ Row row_of(const Arguments& a, int row, int rank, Shared* lead, const Board& board) {
   Shared& mine = *reinterpret_cast<Shared*>(shared_memory());
   const int first = rank * a.tiles_per_block;
   const int last = first + a.tiles_per_block < a.tiles ? first + a.tiles_per_block : a.tiles;
-  const float temperature = a.temperature.of(row);
-  const int64_t top_k = a.top_k.of(row);
-  return {a,
-          row,
-          rank,
-          first,
-          last,
-          mine,
-          *lead,
-          board,
-          nullptr,
-          nullptr,
-          temperature,
-          scale_of(temperature),
-          a.top_p.of(row),
-          a.min_p.of(row),
-          top_k > 0 && top_k < a.vocab ? top_k : 0};
+  return {a, row, rank, first, last, mine, *lead, board, nullptr, nullptr, scale_of(a.temperature.of(row))};
 }
 
 // ---- One launch: grid (B blocks), clusters of `blocks` -------------------------------------------------------------
@@ -60,7 +44,7 @@ __device__ Row<T, true, kKept> row_of_cluster(const Arguments& a) {
   const Layout layout(a.tiles, a.tiles_per_block, pairs_of(a), a.filtered, kKept);
   const Board board(in_block(memory + layout.board, 0), a.tiles, pairs_of(a), a.filtered);
   Shared* lead = in_block(reinterpret_cast<Shared*>(memory), 0);
-  const int64_t row = blockIdx.x / static_cast<unsigned>(a.blocks);
+  const int row = static_cast<int>(blockIdx.x / static_cast<unsigned>(a.blocks));
   auto r = row_of<Row<T, true, kKept>>(a, row, cluster_rank(), lead, board);
   r.tops = reinterpret_cast<float*>(memory + layout.tops);
   r.kept = reinterpret_cast<float4*>(memory + layout.kept);
@@ -73,7 +57,8 @@ __device__ void read_row(const Row<T, true, kKept>& r) {
   cluster_wait();
   for (int tile = r.first + warp_of_thread(); tile < r.last; tile += kWarps) {
     const int own = tile - r.first;
-    summarise_tile<T>(r.a, r.row, r.scale, tile, r.board, kKept ? kept_tile(r.kept, own) : nullptr, r.tops + own);
+    summarise_tile<T>(r.a, r.row, r.scale, tile, r.board, kKept ? kept_tile(r.kept, own) : nullptr,
+                      kKept ? r.tops + own : nullptr);
   }
   cluster_arrive();
 }
@@ -126,7 +111,7 @@ __device__ inline Board board_of(const Arguments& a, int64_t row) {
 }
 
 template <class T>
-__device__ Row<T, false, false> row_of_block(const Arguments& a, int64_t row, int rank) {
+__device__ Row<T, false, false> row_of_block(const Arguments& a, int row, int rank) {
   auto r = row_of<Row<T, false, false>>(a, row, rank, reinterpret_cast<Shared*>(shared_memory()), board_of(a, row));
   r.tops = r.board.top(0) + r.first;
   return r;
@@ -135,7 +120,7 @@ __device__ Row<T, false, false> row_of_block(const Arguments& a, int64_t row, in
 // Grid (B blocks): a warp a tile.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) tile_pass(const __grid_constant__ Arguments a) {
-  const int64_t row = blockIdx.x / static_cast<unsigned>(a.blocks);
+  const int row = static_cast<int>(blockIdx.x / static_cast<unsigned>(a.blocks));
   const int tile = static_cast<int>(blockIdx.x % static_cast<unsigned>(a.blocks)) * kWarps + warp_of_thread();
   if (tile >= a.tiles) return;
   summarise_tile<T>(a, row, scale_of(a.temperature.of(row)), tile, board_of(a, row), nullptr, nullptr);
@@ -144,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, 2) tile_pass(const __grid_constant__
 // Grid (B): a block a row.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) row_pass(const __grid_constant__ Arguments a) {
-  const auto r = row_of_block<T>(a, blockIdx.x, 0);
+  const auto r = row_of_block<T>(a, static_cast<int>(blockIdx.x), 0);
   total(r);
   if (r.filtered()) filter(r);
   draw(r);
@@ -153,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, 1) row_pass(const __grid_constant__ 
 // Grid (B blocks): as the tile pass, each block with the row's total for itself.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) whole_pass(const __grid_constant__ Arguments a) {
-  const int64_t row = blockIdx.x / static_cast<unsigned>(a.blocks);
+  const int row = static_cast<int>(blockIdx.x / static_cast<unsigned>(a.blocks));
   const auto r = row_of_block<T>(a, row, static_cast<int>(blockIdx.x % static_cast<unsigned>(a.blocks)));
   total(r);
   write_whole(r);

@@ -4,9 +4,8 @@
 
 namespace genarm {
 
-// Each returns NULL, or what the CUDA runtime says is wrong.
-const char* use_device(int device, int* before);  // of the calling thread, from now on
-const char* make_ready();                         // what the first call on a device does
+bool is_current(int device);  // of the calling thread
+const char* make_ready();     // what the first call on a device does; NULL, or what the CUDA runtime says is wrong
 
 extern int forced_cluster;  // for tests: blocks that share a row; 0: two launches, -1: as planned
 

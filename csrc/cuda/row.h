@@ -53,7 +53,7 @@ struct Row {
   static constexpr bool kTeam = kCluster;
 
   const Arguments& a;
-  int64_t row;
+  int row;
   int rank;         // of this block
   int first, last;  // this block's tiles
   Shared& mine;
@@ -62,15 +62,22 @@ struct Row {
   float* tops;   // the largest z of each of this block's tiles
   float4* kept;  // z of this block's tiles
 
-  float temperature, scale, top_p, min_p;
-  int64_t top_k;  // 0: off
+  float scale;
 
-  __device__ bool greedy() const { return temperature == 0; }
-  __device__ bool filtered() const { return a.filtered && !greedy() && (top_k > 0 || top_p < 1 || min_p > 0); }
+  // Parameters; read where they are used, since pass 1 needs every register.
+  __device__ float temperature() const { return a.temperature.of(row); }
+  __device__ float top_p() const { return a.top_p.of(row); }
+  __device__ float min_p() const { return a.min_p.of(row); }
+  __device__ int64_t top_k() const {  // 0: off
+    const int64_t k = a.top_k.of(row);
+    return k > 0 && k < a.vocab ? k : 0;
+  }
+  __device__ bool greedy() const { return temperature() == 0; }
+  __device__ bool filtered() const { return a.filtered && !greedy() && (top_k() > 0 || top_p() < 1 || min_p() > 0); }
   // False: the row cannot be drawn, whatever its logits.
   __device__ bool valid() const {
-    bool valid = (a.whole ? temperature > 0 : temperature >= 0) && temperature < kInfinity && top_p >= 0 &&
-                 top_p <= 1 && min_p >= 0 && min_p <= 1;
+    const float t = temperature(), p = top_p(), m = min_p();
+    bool valid = (a.whole ? t > 0 : t >= 0) && t < kInfinity && p >= 0 && p <= 1 && m >= 0 && m <= 1;
     for (int i = 0; i < a.operands; ++i) valid &= fabsf(a.weight(row, i)) < kInfinity;
     return valid;
   }
@@ -114,7 +121,9 @@ struct Row {
 __device__ inline Total total_of(const Board& board, int pair, int tiles, float scale) {
   const float *tops = board.top(pair), *sums = board.sum(pair);
   float top = -kInfinity;
-  for (int tile = lane_of_thread(); tile < tiles; tile += kWarp) top = fmaxf(top, tops[tile]);
+  for (int tile = lane_of_thread(); tile < tiles; tile += kWarp) {
+    if (sums[tile] != 0) top = fmaxf(top, tops[tile]);  // a tile of -inf has no largest to speak of
+  }
   top = warp_max(top);
   const double reference = reference_of(finite_or_zero(top), scale);
   double sum = 0;

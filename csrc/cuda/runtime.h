@@ -25,7 +25,6 @@ using CudaError = cudaError_t;
 inline const char* words(CudaError error) { return cudaGetErrorString(error); }
 
 inline CudaError get_device(int* device) { return cudaGetDevice(device); }
-inline CudaError set_device(int device) { return cudaSetDevice(device); }
 
 inline CudaError current_device(Device* device) {
   const auto get = [device](cudaDeviceAttr what, int* value) {
@@ -37,6 +36,15 @@ inline CudaError current_device(Device* device) {
   if (!error) error = get(cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->shared_bytes);
   if (!error) error = get(cudaDevAttrComputeCapabilityMajor, &capability);
   device->largest_cluster = capability >= 9 ? 8 : 0;
+  return error;
+}
+
+// PTX of before sm_90, compiled by the driver for a later GPU, holds no clusters.
+template <class Kernel>
+CudaError leave_clusters_where_not_compiled(Kernel kernel, Device* device) {
+  cudaFuncAttributes attributes;
+  const CudaError error = cudaFuncGetAttributes(&attributes, kernel);
+  if (!error && attributes.ptxVersion < 90) device->largest_cluster = 0;
   return error;
 }
 
@@ -87,10 +95,14 @@ using CudaError = int;
 inline const char* words(CudaError) { return "the emulation does not fail"; }
 
 inline CudaError get_device(int* device) { return *device = 0; }
-inline CudaError set_device(int) { return 0; }
 
 inline CudaError current_device(Device* device) {
   *device = {0, simt::kMultiprocessors, simt::kSharedBytes, 8};
+  return 0;
+}
+
+template <class Kernel>
+CudaError leave_clusters_where_not_compiled(Kernel, Device*) {
   return 0;
 }
 

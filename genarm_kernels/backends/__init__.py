@@ -41,7 +41,10 @@ _FASTEST_ON_GPU = ((float("inf"), "triton"),)
 
 @functools.cache
 def _able(device_type: str) -> tuple[str, ...]:
-    return tuple(name for name in available_backends() if device_type in _DEVICES.get(name, (device_type,)))
+    # What serves another device is not asked: to look at a GPU takes its memory.
+    return tuple(
+        name for name in NAMES if device_type in _DEVICES.get(name, (device_type,)) and not why_unavailable(name)
+    )
 
 
 def _auto(device_type: str, rows: int) -> str:

@@ -1,5 +1,6 @@
 """The CUDA kernels (csrc/cuda) as a backend: hands tensors' addresses and the current stream to `_cuda`."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def why_unavailable() -> str | None:
     if torch.version.cuda is None or not torch.cuda.is_available():
         return "no NVIDIA GPU"
     try:
-        _cuda.make_ready(torch.cuda.current_device())
+        _cuda.make_ready()
     except RuntimeError as error:
         return f"built for compute capability {_cuda.ARCHITECTURES}, this GPU or its driver cannot run it: {error}"
     return None
@@ -45,35 +46,44 @@ def guided_step(
     *parameters: Any,
 ) -> tuple[Tensor, ...]:
     outputs = empty_step(base_logits, len(arm_logits), logprobs)
-    _cuda.guided_step(
-        DTYPES[base_logits.dtype],
-        _place(base_logits.device),
-        base_logits.shape[0],
-        *outputs,
-        base_logits,
-        arm_logits,
-        vocab_size,
-        logprobs,
-        *_of_rows(parameters, len(base_logits)),
-    )
+    with _current(base_logits.device):
+        _cuda.guided_step(
+            DTYPES[base_logits.dtype],
+            _place(base_logits.device),
+            base_logits.shape[0],
+            *outputs,
+            base_logits,
+            arm_logits,
+            vocab_size,
+            logprobs,
+            *_of_rows(parameters, len(base_logits)),
+        )
     return outputs
 
 
 def guided_log_softmax(base_logits: Tensor, arm_logits: list[Tensor], vocab_size: int, *parameters: Any) -> Tensor:
     logp = empty_whole(base_logits)
-    _cuda.guided_log_softmax(
-        DTYPES[base_logits.dtype],
-        _place(base_logits.device),
-        base_logits.shape[0],
-        logp,
-        base_logits,
-        arm_logits,
-        vocab_size,
-        *_of_rows(parameters, len(base_logits)),
-    )
+    with _current(base_logits.device):
+        _cuda.guided_log_softmax(
+            DTYPES[base_logits.dtype],
+            _place(base_logits.device),
+            base_logits.shape[0],
+            logp,
+            base_logits,
+            arm_logits,
+            vocab_size,
+            *_of_rows(parameters, len(base_logits)),
+        )
     if vocab_size < logp.shape[1]:
         logp[:, vocab_size:] = torch.where(logp[:, :1].isnan(), torch.nan, -torch.inf)  # a bad row is NaN throughout
     return logp
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes the operands' device the current one, if it is not."""
+    if device.type != "cuda" or device.index == torch._C._cuda_getDevice():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def _place(device: torch.device) -> tuple[Any, ...]:

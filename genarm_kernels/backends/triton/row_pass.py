@@ -346,7 +346,9 @@ def _filter(
     low = lowest
     min_z = lowest
     if min_p > 0:
-        min_z = tl.minimum(_round_up(top64 + spread * tl.log(min_p.to(tl.float64))), top)
+        # A difference of 2^-54 is where a p rounds to the largest, whose share 1 is.
+        log_share = tl.minimum(tl.log(min_p.to(tl.float64)), -5.551115123125783e-17)
+        min_z = tl.minimum(_round_up(top64 + spread * log_share), top)
     if top_k > 0:
         if top_k <= tiles * GROUPS:
             low = _bound(workspace, tiles, low, top, top_k.to(tl.float32), scale, reference, False, OPERANDS)
