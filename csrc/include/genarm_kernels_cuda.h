@@ -6,8 +6,8 @@
 // `executor` are not looked at. At most GENARM_CUDA_MOST_ARMS ARMs.
 //
 // A call launches one or two kernels on the current device and returns: it allocates nothing, waits for nothing and may
-// be captured. The first call on a device, to a `_workspace` function or another, loads the kernels: not to be captured.
-// The workspace lies at a multiple of 16 bytes; two calls at a time must not share one.
+// be captured. The first call on a device, to a `_workspace` function or another, loads the kernels: not to be
+// captured. The workspace lies at a multiple of 16 bytes; two calls at a time must not share one.
 #ifndef GENARM_KERNELS_CUDA_H_
 #define GENARM_KERNELS_CUDA_H_
 
