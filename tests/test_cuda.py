@@ -228,8 +228,8 @@ FAULTS = {
     "one token more than top-k": (
         "address",
         "filter.h",
-        "above < static_cast<uint64_t>(r.top_k)",
-        "above <= static_cast<uint64_t>(r.top_k)",
+        "above < static_cast<uint64_t>(r.top_k())",
+        "above <= static_cast<uint64_t>(r.top_k())",
         "",
     ),
     "a bit of the mask lost": ("address", "tile.h", "v % 32 & 0xFFu", "v % 32 & 0x7Fu", ""),
