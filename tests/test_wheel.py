@@ -1,10 +1,12 @@
 """The wheel and the sdist, installed where no compiler is, in environments that find torch and nothing else of ours."""
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,50 @@ def test_a_build_that_must_have_the_core_fails_without_a_compiler(distributions,
     (sdist,) = distributions.glob("*.tar.gz")
     with pytest.raises(AssertionError, match=r"/nowhere/c\+\+"):
         install(tmp_path / "venv", sdist, CC="/nowhere/cc", CXX="/nowhere/c++", GENARM_CPU="1")
+
+
+NVCC = """#!/bin/sh
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -o) out="$2" ;;
+    -DGENARM_CUDA_ARCHS=*) printf '\\0%s\\0' "$(echo "${1#*=}" | tr -d '"')" > "$0.archs" ;;
+  esac
+  shift
+done
+cp "$0.archs" "$out" && echo call >> "$0.calls"
+"""
+
+
+def test_the_cuda_part_is_built_once_and_left_out_without_a_trace(tmp_path):
+    """With an nvcc that only says for which GPUs it was called."""
+    pytest.importorskip("setuptools")
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(NVCC)
+    nvcc.chmod(0o755)
+    source = tmp_path / "source"
+    subprocess.run(["git", "clone", "--quiet", str(REPOSITORY), str(source)], check=True)
+    shutil.copy(REPOSITORY / "setup.py", source)
+    environment = {"PATH": f"{nvcc.parent}:{os.environ['PATH']}", "GENARM_CPU": "0"}
+
+    def setup(*command, **more):
+        done = subprocess.run(
+            [sys.executable, "setup.py", "--quiet", *command],
+            cwd=source, env=os.environ | environment | more, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        return sorted(path.name.partition(".")[2] for path in (source / "genarm_kernels").glob("_cuda.*[!i]"))
+
+    def calls():
+        return (tmp_path / "bin/nvcc.calls").read_text().count("call")
+
+    in_place = ("build_ext", "--inplace")
+    (module,) = setup(*in_place)
+    assert module.endswith("so") and calls() == 3
+    assert setup(*in_place) == [module] and calls() == 3, "nothing has changed"
+    assert setup(*in_place, GENARM_CUDA_ARCHS="90") == [module] and calls() == 6, "other GPUs"
+    assert setup("bdist_wheel", GENARM_CUDA="0") == [module], "a wheel leaves what is in place alone"
+    names = zipfile.ZipFile(next((source / "dist").glob("*.whl"))).namelist()
+    assert "genarm_kernels/_cuda.error" in names and not [name for name in names if name.endswith(".so")]
+    assert setup(*in_place, GENARM_CUDA="0") == ["error"]
+    assert "left out by GENARM_CUDA=0" in (source / "genarm_kernels/_cuda.error").read_text()
