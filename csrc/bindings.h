@@ -2,7 +2,7 @@
 // stride(), so that no torch is needed to build; genarm_kernels/backends has checked them.
 //
 // A module says by its `Place` where calls run: Place(handle) takes what Python says of it, prepare(in) fills what the
-// arguments hold of it, run(args, workspace, operation) makes the call.
+// arguments hold of it, run(args) makes the call.
 #ifndef GENARM_BINDINGS_H_
 #define GENARM_BINDINGS_H_
 

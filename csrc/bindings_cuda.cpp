@@ -59,8 +59,6 @@ PYBIND11_MODULE(_cuda, module) {
   module.attr("EMULATED") = false;
   module.attr("ARCHITECTURES") = GENARM_CUDA_ARCHS;
 #endif
-  module.attr("TILE") = GENARM_TILE;
-  module.attr("MOST_ARMS") = GENARM_CUDA_MOST_ARMS;
   module.def("guided_step", &genarm::bindings::guided_step<Gpu>);
   module.def("guided_log_softmax", &genarm::bindings::guided_log_softmax<Gpu>);
   module.def(

@@ -4,8 +4,6 @@ from typing import Any
 
 EMULATED: bool
 ARCHITECTURES: str
-TILE: int
-MOST_ARMS: int
 
 def guided_step(*args: Any) -> None: ...
 def guided_log_softmax(*args: Any) -> None: ...

@@ -1,23 +1,20 @@
 """`backend`: every test that takes it runs once for each backend that this machine can run."""
 
 import contextlib
-import importlib.util
 import os
-import sys
 import types
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+from simt import steps
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: the kernels run on the CPU
 
 if emulated := os.environ.get("GENARM_SIMT"):  # the CUDA kernels on the CPU, as tests/test_cuda.py builds them
-    spec = importlib.util.spec_from_file_location("genarm_kernels._cuda", emulated)
-    assert spec and spec.loader
-    sys.modules["genarm_kernels._cuda"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["genarm_kernels._cuda"])
+    steps.load(emulated)
 
 from genarm_kernels import available_backends
 from genarm_kernels.backends import NAMES, cpu, cuda, interpreted

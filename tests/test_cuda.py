@@ -35,21 +35,17 @@ class Emulation:
 
     def __init__(self, folder: Path, sanitizer: str) -> None:
         self.folder, self.sanitizer = folder, sanitizer
-        flag = f"-fsanitize={sanitizer}"
-        threads = sanitizer == "thread"
         # ThreadSanitizer is told of the emulation's threads, and must not see how they are made.
-        self.parts = [
-            (SIMT / "emulation.cpp", "-DSIMT_TSAN" if threads else flag),
-            (ROOT / "csrc/bindings_cuda.cpp", "-DNDEBUG" if threads else flag),
-        ]
+        flags = [f"-fsanitize={sanitizer}"] if sanitizer != "thread" else ["-DSIMT_TSAN"]
+        sources = (SIMT / "emulation.cpp", ROOT / "csrc/bindings_cuda.cpp")
         with ThreadPoolExecutor() as pool:
-            self.objects = list(pool.map(lambda part: self.compile(*part, ROOT / "csrc"), self.parts))
+            self.objects = list(pool.map(lambda source: self.compile(source, ROOT / "csrc", *flags), sources))
         self.module = self.build(ROOT / "csrc", "as-is")
 
-    def compile(self, source: Path, flag: str, csrc: Path) -> Path:
+    def compile(self, source: Path, csrc: Path, *flags: str) -> Path:
         to = self.folder / f"{csrc.parent.name}-{source.stem}.o"
         includes = (csrc, csrc / "include", SIMT, pybind11.get_include(), sysconfig.get_paths()["include"])
-        command = [COMPILER, "-std=c++17", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", flag]
+        command = [COMPILER, "-std=c++17", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", *flags]
         command += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
         command += ["-DGENARM_EMULATED", *(f"-I{folder}" for folder in includes)]
         done = subprocess.run([*command, "-x", "c++", "-c", source, "-o", to], capture_output=True, text=True)
@@ -58,7 +54,7 @@ class Emulation:
 
     def build(self, csrc: Path, name: str) -> Path:
         flag = f"-fsanitize={self.sanitizer}"
-        kernels = self.compile(csrc / "cuda/guided_step.cu", flag, csrc)
+        kernels = self.compile(csrc / "cuda/guided_step.cu", csrc, flag)
         to = self.folder / f"{name}.so"
         subprocess.run([COMPILER, "-shared", flag, *self.objects, kernels, "-o", to], check=True)
         return to
@@ -67,7 +63,7 @@ class Emulation:
         """An engine linked with the kernels."""
         flag = f"-fsanitize={self.sanitizer}"
         parts = [self.folder / f"{ROOT.name}-{name}.o" for name in ("guided_step", "emulation")]
-        parts.append(self.compile(source, flag, ROOT / "csrc"))
+        parts.append(self.compile(source, ROOT / "csrc", flag))
         subprocess.run([COMPILER, flag, *parts, "-o", to], check=True)
         return to
 

@@ -99,7 +99,7 @@ Arguments arguments_of(const genarm_guided_step_args& args) {
   a.top_p = parameter(args.top_p, 1);
   a.min_p = parameter(args.min_p, 0);
   const bool numbers = !a.top_k.rows && !a.top_p.rows && !a.min_p.rows;
-  a.filtered = !numbers || (a.top_k.number > 0 && a.top_k.number < a.vocab) || a.top_p.number < 1 || a.min_p.number > 0;
+  a.filtered = !numbers || filtered(args, 0);
   a.seed = parameter(args.seed);
   a.seed_step = args.seed_step;
   a.position = parameter(args.position);

@@ -51,24 +51,26 @@ __device__ Row<T, true, kKept> row_of_cluster(const Arguments& a) {
   return r;
 }
 
-// Pass 1, and the cluster's first barriers: a block's memory is not there to be written to before the block runs.
+// Pass 1, between the cluster's first barrier (a block's memory is not there to be written to before the block runs)
+// and its arrival at the second.
 template <class T, bool kKept>
-__device__ void read_row(const Row<T, true, kKept>& r) {
+__device__ Row<T, true, kKept> read_row(const Arguments& a) {
+  cluster_arrive_relaxed();
+  const auto r = row_of_cluster<T, kKept>(a);
   cluster_wait();
   for (int tile = r.first + warp_of_thread(); tile < r.last; tile += kWarps) {
     const int own = tile - r.first;
-    summarise_tile<T>(r.a, r.row, r.scale, tile, r.board, kKept ? kept_tile(r.kept, own) : nullptr,
+    summarise_tile<T>(a, r.row, r.scale, tile, r.board, kKept ? kept_tile(r.kept, own) : nullptr,
                       kKept ? r.tops + own : nullptr);
   }
   cluster_arrive();
+  return r;
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) cluster_step(const __grid_constant__ Arguments a) {
   if constexpr (kClusters) {
-    cluster_arrive_relaxed();
-    const auto r = row_of_cluster<T, false>(a);
-    read_row(r);
+    const auto r = read_row<T, false>(a);
     if (r.rank != 0) return;
     cluster_wait();
     total(r);
@@ -79,9 +81,7 @@ __global__ void __launch_bounds__(kThreads, 2) cluster_step(const __grid_constan
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) cluster_filtered_step(const __grid_constant__ Arguments a) {
   if constexpr (kClusters) {
-    cluster_arrive_relaxed();
-    const auto r = row_of_cluster<T, true>(a);
-    read_row(r);
+    const auto r = read_row<T, true>(a);
     cluster_wait();
     if (r.rank == 0) total(r);
     if (r.filtered()) filter(r);
@@ -93,9 +93,7 @@ __global__ void __launch_bounds__(kThreads, 2) cluster_filtered_step(const __gri
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) cluster_whole(const __grid_constant__ Arguments a) {
   if constexpr (kClusters) {
-    cluster_arrive_relaxed();
-    const auto r = row_of_cluster<T, true>(a);
-    read_row(r);
+    const auto r = read_row<T, true>(a);
     cluster_wait();
     if (r.rank == 0) total(r);
     r.sync();

@@ -13,14 +13,15 @@ struct Plan {
   int64_t shared_bytes, board_bytes;
 };
 
-// `forced`: -1, or the cluster that a test wants.
+// `forced`: -1, or what a test wants where there are clusters: so many blocks, or 0 for two launches.
 inline Plan plan(const Device& device, const Arguments& a, bool keep, int forced) {
   Plan two{0, 0, 0, Board::bytes(a.tiles, pairs_of(a), a.filtered)};
   const auto with = [&](int cluster) {
     const int tiles = (a.tiles + cluster - 1) / cluster;
     return Plan{cluster, tiles, Layout(a.tiles, tiles, pairs_of(a), a.filtered, keep).bytes, 0};
   };
-  if (forced >= 0 || device.largest_cluster == 0) return forced > 0 ? with(forced) : two;
+  if (device.largest_cluster == 0 || forced == 0) return two;
+  if (forced > 0) return with(forced);
   // A warp takes a tile; rows that leave multiprocessors idle are spread wider. No GPU has measured this.
   int cluster = 1;
   const int wide = a.row_count * 16 <= device.multiprocessors ? 16 : 8;

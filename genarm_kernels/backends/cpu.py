@@ -6,15 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..outputs import empty_step, empty_whole
+from . import compiled
 
 _import_error: ImportError | None = None
 try:
     from .. import _cpu
 except ImportError as error:
     _import_error = error
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # genarm_dtype
 
 
 def why_unavailable() -> str | None:
@@ -32,36 +30,9 @@ def instruction_set() -> str | None:
     return _cpu.isa()
 
 
-def guided_step(
-    base_logits: Tensor, arm_logits: list[Tensor], vocab_size: int, logprobs: bool, *parameters: Any
-) -> tuple[Tensor, ...]:
-    outputs = empty_step(base_logits, len(arm_logits), logprobs)
-    _cpu.guided_step(
-        DTYPES[base_logits.dtype],
-        torch.get_num_threads(),
-        base_logits.shape[0],
-        *outputs,
-        base_logits,
-        arm_logits,
-        vocab_size,
-        logprobs,
-        *parameters,
-    )
-    return outputs
+def guided_step(*args: Any) -> tuple[Tensor, ...]:
+    return compiled.guided_step(_cpu, torch.get_num_threads(), *args)
 
 
-def guided_log_softmax(base_logits: Tensor, arm_logits: list[Tensor], vocab_size: int, *parameters: Any) -> Tensor:
-    logp = empty_whole(base_logits)
-    _cpu.guided_log_softmax(
-        DTYPES[base_logits.dtype],
-        torch.get_num_threads(),
-        base_logits.shape[0],
-        logp,
-        base_logits,
-        arm_logits,
-        vocab_size,
-        *parameters,
-    )
-    if vocab_size < logp.shape[1]:
-        logp[:, vocab_size:] = torch.where(logp[:, :1].isnan(), torch.nan, -torch.inf)  # a bad row is NaN throughout
-    return logp
+def guided_log_softmax(*args: Any) -> Tensor:
+    return compiled.guided_log_softmax(_cpu, torch.get_num_threads(), *args)

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..outputs import empty_step, empty_whole
-from .cpu import DTYPES
+from . import compiled
 
 _import_error: ImportError | None = None
 try:
@@ -38,45 +37,16 @@ def interpreted() -> bool:
     return _import_error is None and _cuda.EMULATED
 
 
-def guided_step(
-    base_logits: Tensor,
-    arm_logits: list[Tensor],
-    vocab_size: int,
-    logprobs: bool,
-    *parameters: Any,
-) -> tuple[Tensor, ...]:
-    outputs = empty_step(base_logits, len(arm_logits), logprobs)
+def guided_step(base_logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
     with _current(base_logits.device):
-        _cuda.guided_step(
-            DTYPES[base_logits.dtype],
-            _place(base_logits.device),
-            base_logits.shape[0],
-            *outputs,
-            base_logits,
-            arm_logits,
-            vocab_size,
-            logprobs,
-            *_of_rows(parameters, len(base_logits)),
-        )
-    return outputs
+        return compiled.guided_step(_cuda, _place(base_logits.device), base_logits, *_of_rows(args, len(base_logits)))
 
 
-def guided_log_softmax(base_logits: Tensor, arm_logits: list[Tensor], vocab_size: int, *parameters: Any) -> Tensor:
-    logp = empty_whole(base_logits)
+def guided_log_softmax(base_logits: Tensor, *args: Any) -> Tensor:
     with _current(base_logits.device):
-        _cuda.guided_log_softmax(
-            DTYPES[base_logits.dtype],
-            _place(base_logits.device),
-            base_logits.shape[0],
-            logp,
-            base_logits,
-            arm_logits,
-            vocab_size,
-            *_of_rows(parameters, len(base_logits)),
+        return compiled.guided_log_softmax(
+            _cuda, _place(base_logits.device), base_logits, *_of_rows(args, len(base_logits))
         )
-    if vocab_size < logp.shape[1]:
-        logp[:, vocab_size:] = torch.where(logp[:, :1].isnan(), torch.nan, -torch.inf)  # a bad row is NaN throughout
-    return logp
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
@@ -98,6 +68,6 @@ def _place(device: torch.device) -> tuple[Any, ...]:
     return index, torch._C._cuda_getCurrentRawStream(index), memory
 
 
-def _of_rows(parameters: tuple[Any, ...], rows: int) -> list[Any]:
+def _of_rows(args: tuple[Any, ...], rows: int) -> list[Any]:
     """A tensor that repeats one number has stride 0, which in the C interface means a number of the host's."""
-    return [x.contiguous() if isinstance(x, Tensor) and x.stride(0) == 0 and rows > 1 else x for x in parameters]
+    return [x.contiguous() if isinstance(x, Tensor) and x.stride(0) == 0 and rows > 1 else x for x in args]

@@ -2,8 +2,8 @@
 """Calls that reach every path of the CUDA kernels under the emulation, checked against the reference.
 
 `python tests/simt/steps.py MODULE BLOCKS...`: the module as tests/test_cuda.py builds it, and the blocks that share a
-row, 0 for two launches: however it is shared out, the bits of everything returned are the same. Rows: unfiltered,
-greedy, with few candidates, with many (one round of bins, and two), with equal ones.
+row, 0 for two launches: however it is shared out, aligned or batched, the bits of all returned are the same. Rows:
+unfiltered, greedy, with few candidates, with many (one round of bins, and two), with equal ones.
 """
 
 import importlib.util
@@ -40,14 +40,30 @@ def cases() -> list[dict[str, Any]]:
         made.append(dict(base_logits=base, arm_logits=arms, weights=0.5, seed=i, position=3, **each))
     ties = torch.arange(3100).remainder(3).float().expand(2, -1).contiguous()
     made.append(dict(base_logits=ties, top_p=0.5, token_mask=torch.full((2, 97), 0x7FFFFFFF, dtype=torch.int32)))
-    close = (
-        1 + torch.arange(2100).remainder(700).float()[None] * 2**-22
-    )  # 700 neighbours that bins of equal width share
+    # 700 neighbours, which bins of equal width share.
+    close = 1 + torch.arange(2100).remainder(700).float()[None] * 2**-22
     close[0, 0] = 5
     light = 0.1 * make_logits("normal", (1, 3100), seed=1)  # together 5 % of the mass: of a bin, what carries bring
     light[0, 0] = 11
     made += [dict(base_logits=close, top_p=0.4), dict(base_logits=close, top_k=1500)]
     return [*made, dict(base_logits=light, top_p=0.99)]
+
+
+def misaligned(case: dict[str, Any]) -> dict[str, Any]:
+    """The same rows where none begins at a multiple of 16 bytes."""
+
+    def moved(x: torch.Tensor) -> torch.Tensor:
+        rows, vocab = x.shape
+        return x.new_empty(rows, vocab + 16)[:, 1 : vocab + 1].copy_(x)
+
+    return case | {"base_logits": moved(case["base_logits"]), "arm_logits": [*map(moved, case.get("arm_logits", ()))]}
+
+
+def alone(case: dict[str, Any]) -> dict[str, Any]:
+    """The first row, which a number seeds as in the batch."""
+    mask = {"token_mask": case["token_mask"][:1]} if "token_mask" in case else {}
+    arms = [x[:1] for x in case.get("arm_logits", ())]
+    return case | mask | {"base_logits": case["base_logits"][:1], "arm_logits": arms}
 
 
 def main(path: str, *ways: str) -> int:
@@ -74,6 +90,10 @@ def main(path: str, *ways: str) -> int:
             torch.testing.assert_close(mine_whole, law_whole, rtol=1e-6, atol=1e-5)
             first = first or (mine, mine_whole)
             assert all(map(torch.equal, mine, first[0])) and torch.equal(mine_whole, first[1]), (case, blocks)
+            for other in (misaligned(case), alone(case)):
+                rows = len(other["base_logits"])
+                again = guided_step(**other, backend="cuda")
+                assert all(torch.equal(a, b[:rows]) for a, b in zip(again, mine, strict=True)), (other, blocks)
             calls += 1
     print(f"{calls} calls agree with the reference")
     return 0
