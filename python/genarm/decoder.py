@@ -5,22 +5,20 @@ prompts -> token ids -> [base forward | ARM forwards] -> guided_step -> tokens -
                          +------------- one token a row ------------+
 """
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
 
-from genarm_kernels import GuidedStep, backends, guided_step, run_concurrently, validation
-from genarm_kernels.reference import BAD_ROW
+from genarm_kernels import backends, validation
 
 from . import loading
+from .batching import Row, Run
 from .errors import GenarmError, PromptError
 from .prompts import check_arm
+from .provision import Options, Provider
 from .text import TextStream
 
 Messages: TypeAlias = Sequence[Mapping[str, str]]
@@ -68,8 +66,9 @@ class StreamEvent:
 class GuidedDecoder:
     """Draws each token from softmax((base logits + sum of weight_i * ARM_i logits) / temperature).
 
-    The decoding of GenARM (Xu et al. 2024, arXiv 2410.08193). Every model keeps its own KV cache and runs one forward
-    of one token a step; a prompt's tokens do not depend on what it is batched with, beyond float noise of the forwards.
+    The decoding of GenARM (Xu et al. 2024, arXiv 2410.08193). Base and ARMs run side by side, an ARM that is a LoRA
+    adapter of the base within the base's own forward pass; KV caches are allocated once, and serve one request after
+    another. A prompt's tokens do not depend on what it is batched with, beyond float noise of the forwards.
 
     >>> from genarm import bundled
     >>> decoder = GuidedDecoder.from_pretrained(bundled.path("base"), arms={"helpful": bundled.path("helpful")})
@@ -87,8 +86,21 @@ class GuidedDecoder:
         *,
         arm_tokenizers: Mapping[str, Any] | None = None,
         backend: str = "auto",
+        streams: bool = True,
+        cuda_graph: bool = True,
+        share_weights: bool = True,
+        compile: bool = False,
     ) -> None:
         """From loaded transformers models; an ARM without a tokenizer of its own uses the base's.
+
+        Args:
+            backend: of `genarm_kernels.guided_step`.
+            streams: base and ARM forwards on CUDA streams of their own, side by side.
+            cuda_graph: one CUDA graph a step.
+            share_weights: ARMs that are LoRA adapters of the base run as further rows of its forward pass.
+            compile: `torch.compile` for the forward of a step. Minutes the first time; kept on disk.
+
+        The last four change how fast the tokens come, not which. Models without static caches do without them.
 
         Raises:
             GenarmError: tokenizers that give a shared id different strings (the first is named), EOS ids that not every
@@ -102,13 +114,18 @@ class GuidedDecoder:
             name: loading.LoadedModel(arm.eval(), tokenizers.get(name) or tokenizer)
             for name, arm in (arms or {}).items()
         }
-        self._device = torch.device(base.device)
-        self._backend = _check_backend(backend, self._device.type)
         self.vocab_size = loading.shared_vocabulary(self._base, self._arms)
         eos = getattr(getattr(base, "generation_config", None), "eos_token_id", None)
         self._eos = frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
         if self._eos and min(self._eos) >= self.vocab_size:
             raise GenarmError(f"EOS {sorted(self._eos)} lies outside the models' shared vocabulary, {self.vocab_size}")
+        self._provider = Provider(
+            base,
+            {name: arm.model for name, arm in self._arms.items()},
+            self.vocab_size,
+            sorted(self._eos),
+            Options(_check_backend(backend, base.device.type), streams, cuda_graph, share_weights, compile),
+        )
 
     @classmethod
     def from_pretrained(
@@ -121,6 +138,7 @@ class GuidedDecoder:
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
         backend: str = "auto",
+        **options: bool,
     ) -> "GuidedDecoder":
         """Loads the base and its ARMs.
 
@@ -130,7 +148,7 @@ class GuidedDecoder:
             tokenizer, arm_tokenizers: in place of those that lie beside the models.
             device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ... Loaded models stay where they are.
             dtype: "auto" (as stored), a torch dtype or its name.
-            backend: of `genarm_kernels.guided_step`.
+            backend, options: as in the constructor.
 
         Raises:
             GenarmError: a folder that is missing or holds no causal language model, an adapter that does not fit, a
@@ -150,6 +168,7 @@ class GuidedDecoder:
             {name: arm.model for name, arm in loaded.items()},
             arm_tokenizers={name: arm.tokenizer for name, arm in loaded.items()},
             backend=backend,
+            **options,
         )
 
     @property
@@ -176,6 +195,7 @@ class GuidedDecoder:
         min_p: PerPrompt = 0.0,
         seed: int | Sequence[int] = 0,
         stop: str | Sequence[str] = (),
+        batch_size: int | None = None,
     ) -> GenerationResult:
         """Continues every prompt until its EOS token, a stop string or max_new_tokens.
 
@@ -188,26 +208,31 @@ class GuidedDecoder:
             max_new_tokens, temperature, top_k, top_p, min_p: a number or one a prompt, as `guided_step` has them.
             seed: a number s gives prompt b the seed s + b; or one a prompt. Position is the index in the continuation.
             stop: strings that end a continuation, wherever tokens begin and end.
+            batch_size: prompts decoded at once, at most; a prompt that ends makes room for the next one. Left out, as
+                many as fit into memory, up to 256 on a GPU and 32 elsewhere.
 
         Raises:
             GenarmError: what cannot be decoded as asked, before anything is decoded (`PromptError` where one prompt is
                 at fault): an ARM name that is not loaded, a number out of range, a prompt longer than a model allows,
                 messages without a chat template, ... While decoding: logits that hold NaN or infinity.
         """
-        run = self._run(
+        rows = self._rows(
             self._request(
                 prompts, messages, arm_prompts, weights, max_new_tokens, temperature, top_k, top_p, min_p, seed, stop
             )
         )
-        for _ in run.steps():
+        for _ in self._decode(rows, _batch_size(batch_size)):
             pass
+        return self._result(rows)
+
+    def _result(self, rows: Sequence[Row]) -> GenerationResult:
         return GenerationResult(
-            texts=[row.finish_text() for row in run.rows],
-            tokens=[row.tokens for row in run.rows],
-            logprobs=[row.logprobs for row in run.rows],
-            base_logprobs=[row.base_logprobs for row in run.rows],
-            rewards={name: [row.rewards[name] for row in run.rows] for name in self._arms},
-            finish_reasons=[row.finish_reason or "length" for row in run.rows],
+            texts=[row.finish_text() for row in rows],
+            tokens=[row.tokens for row in rows],
+            logprobs=[row.logprobs for row in rows],
+            base_logprobs=[row.base_logprobs for row in rows],
+            rewards={name: [row.rewards[name] for row in rows] for name in self._arms},
+            finish_reasons=[row.finish_reason or "length" for row in rows],
         )
 
     def check(
@@ -255,7 +280,8 @@ class GuidedDecoder:
         request = self._request(
             prompt, messages, own, weights, max_new_tokens, temperature, top_k, top_p, min_p, seed, stop
         )
-        return GuidedStream(self._run(request, streaming=True))
+        (row,) = self._rows(request, streaming=True)
+        return GuidedStream(row, self._decode([row]), self.arm_names)
 
     def _request(
         self,
@@ -309,28 +335,39 @@ class GuidedDecoder:
             stop=stops,
         )
 
-    def _run(self, request: "_Request", streaming: bool = False) -> "_Run":
-        """Lays a request out in rows, each model's in a cache of its own."""
-        room = max(request.limits, default=0)
-        models = [self._base.model, *(arm.model for arm in self._arms.values())]
-        return _Run(
-            caches=[_CachedModel(model, ids, room) for model, ids in zip(models, request.ids, strict=True)],
-            rows=[
-                _Row(
-                    text=TextStream(self.tokenizer, prompt, request.stop),
-                    limit=limit,
-                    incremental=bool(request.stop) or streaming,
-                    rewards={name: [] for name in self._arms},
-                )
-                for prompt, limit in zip(request.ids[0], request.limits, strict=True)
-            ],
-            request=request,
-            arm_names=self.arm_names,
-            eos=self._eos,
-            vocab_size=self.vocab_size,
-            backend=self._backend,
-            device=self._device,
-        )
+    def _rows(self, request: "_Request", streaming: bool = False) -> list[Row]:
+        return [
+            Row(
+                index=b,
+                prompts=[ids[b] for ids in request.ids],
+                limit=request.limits[b],
+                seed=request.seeds[b],
+                weights=request.weights[b],
+                parameters={name: values[b] for name, values in request.parameters.items()},
+                text=TextStream(self.tokenizer, request.ids[0][b], request.stop),
+                incremental=streaming or bool(request.stop),
+                rewards={name: [] for name in self._arms},
+            )
+            for b in range(len(request.limits))
+        ]
+
+    def _decode(self, rows: list[Row], batch_size: int | None = None) -> Iterator[tuple[Run, list[Row]]]:
+        """The rows that have got a token, step after step, and the run they are in."""
+        if not rows:
+            return
+        length = max(max(map(len, row.prompts)) + row.limit for row in rows)
+        engine = self._provider.take(len(rows), length, batch_size)
+        run, sound = Run(engine, rows, self._eos), True
+        try:
+            for grown in run:
+                if grown:
+                    yield run, grown
+        except Exception:
+            sound = False  # its caches may hold NaN
+            raise
+        finally:  # also when nobody asks for the rest of a stream
+            if sound:
+                self._provider.give_back(engine)
 
     def _weights(self, weights: Weights, rows: int) -> list[list[float]]:
         """`[B][N]`, from what `generate` accepts."""
@@ -353,16 +390,17 @@ class GuidedDecoder:
 class GuidedStream:
     """The events of one prompt, token by token; `set_weights` steers the tokens still to come."""
 
-    def __init__(self, run: "_Run") -> None:
-        self._run = run
-        self._steps = run.steps()
+    def __init__(self, row: Row, steps: Iterator[tuple[Run, list[Row]]], arm_names: Sequence[str]) -> None:
+        self._row = row
+        self._steps = steps
+        self._arm_names = arm_names
+        self._run: Run | None = None
 
     def __iter__(self) -> Iterator[StreamEvent]:
         return self
 
     def __next__(self) -> StreamEvent:
-        next(self._steps)
-        row = self._run.rows[0]
+        self._run, (row,) = next(self._steps)
         return StreamEvent(
             text=row.shown,
             token=row.tokens[-1],
@@ -374,7 +412,13 @@ class GuidedStream:
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
         """The next token uses these; an ARM left out keeps its weight. GenarmError on an unknown name or bad number."""
-        self._run.set_weights(weights)
+        new = list(self._row.weights)
+        for name, values in _named_floats(weights, self._arm_names, 1).items():
+            new[self._arm_names.index(name)] = values[0]
+        if self._run is None:
+            self._row.weights = new
+        else:
+            self._run.set_weights(self._row, new)
 
 
 @dataclass(frozen=True)
@@ -387,170 +431,6 @@ class _Request:
     parameters: dict[str, list[Any]]  # of guided_step
     seeds: list[int]
     stop: list[str]
-
-
-@dataclass
-class _Row:
-    """One prompt's continuation as it grows."""
-
-    text: TextStream
-    limit: int
-    incremental: bool  # the text is needed at every step: to find a stop string, or to be shown
-    rewards: dict[str, list[float]]
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    base_logprobs: list[float] = field(default_factory=list)
-    finish_reason: str | None = None
-    shown: str = ""
-
-    def append(
-        self, token: int, logprob: float, base_logprob: float, rewards: Sequence[float], eos: frozenset[int]
-    ) -> None:
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        self.base_logprobs.append(base_logprob)
-        for values, reward in zip(self.rewards.values(), rewards, strict=True):
-            values.append(reward)
-        ended = token in eos
-        last = ended or len(self.tokens) == self.limit
-        if self.incremental:
-            self.shown = self.text.push(*([] if ended else [token]), last=last)
-        if ended:
-            self.finish_reason = "eos"
-        elif self.text.stopped:
-            self.finish_reason = "stop"
-        elif last:
-            self.finish_reason = "length"
-
-    def finish_text(self) -> str:
-        if not self.incremental:
-            self.text.push(*(self.tokens[:-1] if self.finish_reason == "eos" else self.tokens), last=True)
-        return self.text.text
-
-
-class _CachedModel:
-    """A model over a fixed batch of rows: `forward(next token of each row)` gives the next logits.
-
-    Prompts are padded on the left, so that all rows grow at their right end together.
-    """
-
-    def __init__(self, model: Any, prompts: list[list[int]], room: int) -> None:
-        width = max(map(len, prompts), default=0)
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        mask = torch.ones(len(prompts), width + room, dtype=torch.int64)
-        mask[:, :width] = torch.arange(width) >= (width - lengths)[:, None]
-        self.device = model.device
-        self.ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts]).to(self.device)
-        self._model = model
-        self._mask = mask.to(self.device) if width and int(lengths.min()) < width else None
-        self._positions = (mask[:, :width].cumsum(1) - 1).clamp_min(0).to(self.device)
-        self._max_positions = loading.max_positions(model)
-        self._length = width
-        forward = inspect.signature(_unwrapped(model).forward).parameters
-        self._takes_positions = "position_ids" in forward
-        self._options = {"logits_to_keep": 1} if "logits_to_keep" in forward else {}
-        self._cache_name = "cache_params" if "cache_params" in forward else "past_key_values"
-        self._cache: Any = None
-
-    def forward(self) -> Tensor:
-        """Logits `[B, V]` of the token after `ids`."""
-        inputs: dict[str, Any] = {
-            "input_ids": self.ids,
-            self._cache_name: self._cache,
-            "use_cache": True,
-            **self._options,
-        }
-        if self._mask is not None and (self._cache is None or self._cache_name == "past_key_values"):
-            # A state-space cache has taken the padding in; its steps would multiply the whole mask into one token.
-            inputs["attention_mask"] = self._mask[:, : self._length]
-        if self._takes_positions:
-            inputs["position_ids"] = self._positions
-        outputs = self._model(**inputs)
-        self._cache = outputs.get(self._cache_name)
-        if self._cache is None:
-            raise GenarmError(f"{type(_unwrapped(self._model)).__name__} gives no cache to decode with")
-        return outputs.logits[:, -1]
-
-    def append(self, tokens: Tensor) -> None:
-        """Makes the drawn tokens `[B]` the input of the next forward."""
-        self.ids = tokens[:, None].to(self.device)
-        self._length += 1
-        self._positions = self._positions[:, -1:] + 1
-        if self._max_positions is not None:
-            # A row that has finished goes on until all have; it must not run off the end of a position table.
-            self._positions = self._positions.clamp_max(self._max_positions - 1)
-
-
-class _Run:
-    """The decode loop over a batch of rows."""
-
-    def __init__(
-        self,
-        caches: list[_CachedModel],
-        rows: list[_Row],
-        request: _Request,
-        arm_names: Sequence[str],
-        eos: frozenset[int],
-        vocab_size: int,
-        backend: str,
-        device: torch.device,
-    ) -> None:
-        self.rows = rows
-        self._caches = caches
-        self._arm_names = arm_names
-        self._weights = torch.tensor(request.weights, device=device).reshape(len(rows), len(arm_names))
-        self._parameters = {name: _as_parameter(values, device) for name, values in request.parameters.items()}
-        self._seeds = torch.tensor(request.seeds, device=device)
-        self._eos = eos
-        self._vocab_size = vocab_size
-        self._backend = backend
-        self._device = device
-
-    def set_weights(self, weights: Mapping[str, float]) -> None:
-        for name, values in _named_floats(weights, self._arm_names, 1).items():
-            self._weights[:, self._arm_names.index(name)] = values[0]
-
-    def steps(self) -> Iterator[None]:
-        """Draws one token of every row at each step, until all rows have finished."""
-        position = 0
-        while any(row.finish_reason is None for row in self.rows):
-            # run_concurrently forks its streams on the current device.
-            on_device = torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
-            with torch.inference_mode(), on_device:
-                self._record(self._step(position))
-            position += 1
-            yield
-
-    def _step(self, position: int) -> GuidedStep:
-        logits = run_concurrently(*[cache.forward for cache in self._caches])
-        if len({x.dtype for x in logits}) > 1:
-            logits = [x.float() for x in logits]
-        base, *arms = [x.to(self._device) for x in logits]
-        step = guided_step(
-            base,
-            arms,
-            self._weights,
-            **self._parameters,
-            seed=self._seeds,
-            position=position,
-            vocab_size=self._vocab_size,
-            backend=self._backend,
-        )
-        for cache in self._caches:
-            cache.append(step.token.clamp_min(0))  # -1: a row that could not be drawn, reported by _record
-        return step
-
-    def _record(self, step: GuidedStep) -> None:
-        fields = [step.token, step.logprob, step.base_logprob, step.arm_logprobs]
-        token, logprob, base_logprob, rewards = [x.tolist() for x in fields if x is not None]
-        for b, row in enumerate(self.rows):
-            if row.finish_reason is not None:
-                continue
-            if token[b] < 0:
-                bad = step.status[b] == BAD_ROW
-                reason = "the models' logits hold NaN or infinity" if bad else "the models allow no token"
-                raise PromptError(b, f"token {len(row.tokens)} cannot be drawn: {reason}")
-            row.append(token[b], logprob[b], base_logprob[b], rewards[b], self._eos)
 
 
 def _check_backend(name: str, device_type: str) -> str:
@@ -611,9 +491,8 @@ def _check_prompts(label: str, model: Any, prompts: list[list[int]], limits: lis
             raise PromptError(i, f"its token {max(prompt)} lies outside the {embeddings} tokens of {label}")
 
 
-def _unwrapped(model: Any) -> Any:
-    """The transformers model inside a PEFT wrapper, whose own forward hides its parameters."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def _batch_size(value: int | None) -> int | None:
+    return None if value is None else _ints("batch_size", value, 1, low=1)[0]
 
 
 def _named_floats(weights: Mapping[str, Any], arms: Iterable[str], rows: int) -> dict[str, list[float]]:
@@ -657,8 +536,3 @@ def _list(name: str, value: Any, rows: int) -> list[Any]:
     if len(value) != rows:
         raise GenarmError(f"{name}: expected a number or {rows}, one a prompt, got {len(value)}")
     return list(value)
-
-
-def _as_parameter(values: list[Any], device: torch.device) -> Any:
-    """The one number of all rows, which lets a backend leave whole passes out, or a tensor `[B]`."""
-    return values[0] if len(set(values)) == 1 else torch.tensor(values, device=device)

@@ -62,7 +62,7 @@ def load_model(label: str, source: str | Path, dtype: str | torch.dtype) -> Any:
             str(source), config=config, dtype=dtype, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise GenarmError(f"{label}: {str(source)!r} cannot be loaded: {_first_line(error)}") from error
+        raise GenarmError(f"{label}: {str(source)!r} cannot be loaded: {first_line(error)}") from error
     finally:
         if progress:
             logging.enable_progress_bar()
@@ -79,7 +79,7 @@ def load_tokenizer(label: str, source: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(source))
     except (OSError, ValueError, KeyError) as error:
-        raise GenarmError(f"{label}: no tokenizer can be loaded from {str(source)!r}: {_first_line(error)}") from error
+        raise GenarmError(f"{label}: no tokenizer can be loaded from {str(source)!r}: {first_line(error)}") from error
 
 
 def load_config(label: str, source: str | Path) -> Any:
@@ -92,7 +92,7 @@ def load_config(label: str, source: str | Path) -> Any:
             raise GenarmError(
                 f"{label}: {str(source)!r} is a LoRA adapter; give it as --arm NAME=DIR, and its base as --base"
             ) from error
-        reason = f"no usable config.json: {_first_line(error)}"
+        reason = f"no usable config.json: {first_line(error)}"
         raise GenarmError(f"{label}: {str(source)!r} holds no causal language model: {reason}") from error
     kinds = {name.lower() for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _as_tuple(names)}
     architectures = config.architectures or []
@@ -117,6 +117,13 @@ def shared_vocabulary(base: LoadedModel, arms: Mapping[str, LoadedModel]) -> int
                     f"ARM {arm!r}: its tokenizer differs from the base's: token {token} is {theirs!r}, not {ours!r}"
                 )
     return size
+
+
+def twin(model: Any) -> Any:
+    """A copy whose modules can be replaced, and which shares every weight: it takes no memory."""
+    shared = [*model.parameters(), *model.buffers()]
+    shared += [module.state for module in model.modules() if hasattr(module, "state")]  # bitsandbytes' 8-bit weights
+    return copy.deepcopy(model, {id(one): one for one in shared})
 
 
 def max_positions(model: Any) -> int | None:
@@ -153,17 +160,13 @@ def _load_adapter(label: str, source: str | Path, base: PreTrainedModel) -> Any:
         from peft import PeftConfig, get_peft_model
     except ImportError as error:
         raise GenarmError(f"{label}: an adapter needs PEFT: {INSTALL_TRAIN}") from error
-    # The copy shares every weight of the base: only the adapter's own take memory.
-    twin = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
     try:
         config = PeftConfig.from_pretrained(str(source))
         config.inference_mode = True
-        model = get_peft_model(twin, config)
+        model = get_peft_model(twin(base), config)
         loaded = model.load_adapter(str(source), "default")
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise GenarmError(
-            f"{label}: the adapter {str(source)!r} does not fit the base: {_first_line(error)}"
-        ) from error
+        raise GenarmError(f"{label}: the adapter {str(source)!r} does not fit the base: {first_line(error)}") from error
     if config.is_prompt_learning:  # PEFT would put its virtual tokens before every single token that is decoded
         raise GenarmError(f"{label}: {str(source)!r} is a {config.peft_type.value} adapter; LoRA and its kind work")
     if wrong := [*loaded.missing_keys, *loaded.unexpected_keys]:
@@ -205,5 +208,5 @@ def _as_tuple(names: Any) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,248 @@
+"""Prompts through the slots of an engine: begun as slots fall free, recorded as their tokens arrive.
+
+On a GPU the host runs a few steps behind the device: it queues steps ahead and reads what earlier ones drew once it has
+arrived. Tokens that a row draws after its end are dropped here.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from genarm_kernels.reference import BAD_ROW
+
+from .engine import Begin, Drawn, Engine
+from .errors import GenarmError, PromptError
+from .text import TextStream
+
+_LOGGER = logging.getLogger("genarm")
+
+# Steps that may be queued before the oldest one's tokens are here: enough that the device never waits for the host.
+_AHEAD = 4
+# Tokens, padding included, of the prompts that begin in one pass: more would take memory and save no time.
+_PREFILL_TOKENS = 8192
+
+
+@dataclass(eq=False)
+class Row:
+    """One prompt and its continuation as it grows."""
+
+    index: int
+    prompts: list[list[int]]  # by operand
+    limit: int
+    seed: int
+    weights: list[float]
+    parameters: Mapping[str, float]
+    text: TextStream
+    incremental: bool  # the text is needed at every step: to find a stop string, or to be shown
+    rewards: dict[str, list[float]]
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    base_logprobs: list[float] = field(default_factory=list)
+    finish_reason: str | None = None
+    shown: str = ""
+    queued: int = 0  # tokens drawn on the device, read or not
+
+    def begin(self) -> Begin:
+        """After the tokens that have been read."""
+        prompts = [prompt + self.tokens for prompt in self.prompts]
+        return Begin(prompts, len(self.tokens), self.limit, self.seed, self.weights, self.parameters)
+
+    @property
+    def length(self) -> int:
+        """Tokens of its longest operand, with all that is queued."""
+        return max(map(len, self.prompts)) + self.queued
+
+    def append(
+        self, token: int, logprob: float, base_logprob: float, rewards: Sequence[float], eos: frozenset[int]
+    ) -> None:
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.base_logprobs.append(base_logprob)
+        for values, reward in zip(self.rewards.values(), rewards, strict=True):
+            values.append(reward)
+        ended = token in eos
+        last = ended or len(self.tokens) == self.limit
+        if self.incremental:
+            self.shown = self.text.push(*([] if ended else [token]), last=last)
+        if ended:
+            self.finish_reason = "eos"
+        elif self.text.stopped:
+            self.finish_reason = "stop"
+        elif last:
+            self.finish_reason = "length"
+
+    def finish_text(self) -> str:
+        if not self.incremental:
+            self.text.push(*(self.tokens[:-1] if self.finish_reason == "eos" else self.tokens), last=True)
+        return self.text.text
+
+
+class _Flight(NamedTuple):
+    """A step on its way: whose token each value is (None: nobody's)."""
+
+    rows: list[Row | None]
+    drawn: Drawn
+
+
+class Run:
+    """Decodes rows in an engine that no other run uses."""
+
+    def __init__(self, engine: Engine, rows: Sequence[Row], eos: frozenset[int]) -> None:
+        self._engine = engine
+        self._waiting = deque(rows)
+        self._slots: list[Row | None] = [None] * engine.slots
+        self._usable = engine.slots
+        self._begun = 0  # rows, when last any began
+        self._flights: deque[_Flight] = deque()
+        self._eos = eos
+        self._ahead = _AHEAD if engine.device_type == "cuda" else 0
+        values = [row.parameters for row in rows]
+        shared = [name for name in (values[0] if values else ()) if len({one[name] for one in values}) == 1]
+        engine.set_numbers({name: values[0][name] for name in shared})
+
+    def __iter__(self) -> Iterator[list[Row]]:
+        """The rows that have got a token, step after step, until every row has finished."""
+        while self._waiting or self._flights or any(self._slots):
+            if self._may_begin():
+                self._begin()
+            elif self._may_step():
+                self._step()
+            while self._flights and self._is_due():
+                yield self._read()
+
+    def set_weights(self, row: Row, weights: Sequence[float]) -> None:
+        """The row's next token uses them. What has been drawn ahead is drawn again."""
+        row.weights = list(weights)
+        if row in self._slots:
+            slot = self._slots.index(row)
+            if self._flights:
+                self._again(slot)
+            else:
+                self._engine.set_weights(slot, weights)
+
+    def _is_due(self) -> bool:
+        """Whether the oldest flight is to be read now."""
+        if self._flights[0].drawn.ready():
+            return True
+        if len(self._flights) <= self._ahead and (self._may_begin() or self._may_step()):
+            return False
+        while not self._flights[0].drawn.ready():
+            time.sleep(2e-5)  # not a synchronisation: other threads run, the device goes on
+        return True
+
+    def _may_begin(self) -> bool:
+        occupied = sum(row is not None for row in self._slots)
+        return bool(self._waiting) and (occupied < self._usable if self._engine.refill else occupied == 0)
+
+    def _may_step(self) -> bool:
+        return any(row is not None and row.queued < row.limit for row in self._slots)
+
+    def _begin(self) -> None:
+        slots = [slot for slot in range(self._usable) if self._slots[slot] is None]
+        rows = self._next_rows(len(slots))
+        slots = slots[: len(rows)]
+        try:
+            drawn = self._engine.begin(slots, [row.begin() for row in rows])
+        except torch.OutOfMemoryError as error:
+            self._waiting.extendleft(reversed(rows))
+            self._lower_batch(len(rows), error)
+            return
+        self._begun = len(rows)
+        for slot, row in zip(slots, rows, strict=True):
+            self._slots[slot] = row
+            row.queued = len(row.tokens) + 1
+        self._flights.append(_Flight(list(rows), drawn))
+
+    def _next_rows(self, free: int) -> list[Row]:
+        """The rows that begin together: as many as fit into one pass."""
+        rows: list[Row] = []
+        longest = 0
+        while self._waiting and len(rows) < free:
+            longest = max(longest, *map(len, self._waiting[0].prompts))
+            if rows and self._engine.refill and longest * (len(rows) + 1) * len(rows[0].prompts) > _PREFILL_TOKENS:
+                break
+            rows.append(self._waiting.popleft())
+        return rows
+
+    def _step(self) -> None:
+        self._compact()
+        n = self._bucket(1 + max(slot for slot, row in enumerate(self._slots) if row is not None))
+        try:
+            drawn = self._engine.step(n, self._in_windows(max(row.length for row in self._slots if row is not None)))
+        except torch.OutOfMemoryError as error:
+            occupied = [slot for slot, row in enumerate(self._slots) if row is not None]
+            self._lower_batch(0, error)
+            self._again(occupied[-1])
+            return
+        rows = self._slots[:n]
+        for row in rows:
+            if row is not None:
+                row.queued += 1
+        self._flights.append(_Flight(rows, drawn))
+
+    def _read(self) -> list[Row]:
+        rows, drawn = self._flights.popleft()
+        grown = []
+        for row, ((token, status), (logprob, base_logprob, *rewards)) in zip(rows, drawn.read(), strict=True):
+            if row is None or row.finish_reason is not None:
+                continue
+            if token < 0:
+                bad = status == BAD_ROW
+                reason = "the models' logits hold NaN or infinity" if bad else "the models allow no token"
+                raise PromptError(row.index, f"token {len(row.tokens)} cannot be drawn: {reason}")
+            row.append(token, logprob, base_logprob, rewards, self._eos)
+            grown.append(row)
+            if row.finish_reason is not None:
+                self._slots[self._slots.index(row)] = None
+        return grown
+
+    def _compact(self) -> None:
+        """Moves rows to lower slots, when fewer slots would do for those that are left."""
+        occupied = [slot for slot, row in enumerate(self._slots) if row is not None]
+        if not self._engine.refill or self._bucket(len(occupied)) >= self._bucket(1 + occupied[-1]):
+            return
+        free = [slot for slot in range(len(occupied)) if self._slots[slot] is None]
+        for source, target in zip(reversed(occupied), free, strict=False):
+            row = self._slots[source]
+            assert row is not None
+            self._engine.move(source, target, self._in_windows(row.length))
+            self._slots[source], self._slots[target] = None, row
+
+    def _bucket(self, n: int) -> int:
+        """How many slots a step covers for n: a CUDA graph for each would be too many."""
+        if not self._engine.refill:
+            return self._begun
+        if self._engine.device_type != "cuda":
+            return n
+        return min(1 << (n - 1).bit_length() if n <= 8 else -(-n // 8) * 8, self._engine.slots)
+
+    def _in_windows(self, length: int) -> int:
+        return -(-length // self._engine.window) * self._engine.window
+
+    def _again(self, slot: int) -> None:
+        """Takes a row out of its slot, to begin again after the tokens that have been read."""
+        row = self._slots[slot]
+        assert row is not None
+        self._slots[slot] = None
+        self._flights = deque(
+            _Flight([None if one is row else one for one in rows], drawn) for rows, drawn in self._flights
+        )
+        row.queued = len(row.tokens)
+        self._waiting.appendleft(row)
+
+    def _lower_batch(self, beginning: int, error: torch.OutOfMemoryError) -> None:
+        """After the device ran out of memory: fewer rows at once, down to those that go on, or to half."""
+        torch.cuda.empty_cache()
+        going_on = sum(row is not None for row in self._slots)
+        lower = going_on + beginning // 2 if beginning > 1 else going_on if beginning else going_on - 1
+        if lower < 1:
+            raise GenarmError(
+                f"one prompt does not fit into the device's memory: {str(error).splitlines()[0]}"
+            ) from error
+        _LOGGER.warning("out of memory: decoding at most %d prompts at once from here on", lower)
+        self._usable = lower

@@ -1,0 +1,246 @@
+"""The step of decoding over slots: forward passes, `guided_step`, next tokens, all on the device.
+
+    tokens [n] -> forwards, side by side -> logits of base and ARMs -> guided_step -> tokens [n]
+
+What a step reads and writes lies in tensors that stay where they are, so that on a GPU the whole of it is one CUDA
+graph, and nothing waits for the host.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from genarm_kernels import guided_step, run_concurrently
+
+from .forwards import Forward
+
+_LOGGER = logging.getLogger("genarm")
+PER_ROW = ("temperature", "top_k", "top_p", "min_p")
+_DTYPES = {"top_k": torch.int64, "seed": torch.int64, "position": torch.int64, "limit": torch.int64}
+
+
+class Operand(NamedTuple):
+    """Where a model's logits come from."""
+
+    forward: int
+    within: int
+
+
+class Begin(NamedTuple):
+    """A row to begin, or to begin again at a later token."""
+
+    prompts: list[list[int]]
+    """Token ids by operand, base first: all that the next token follows."""
+    position: int
+    """Index of the next token in the continuation."""
+    limit: int
+    """That index of the token after the last."""
+    seed: int
+    weights: list[float]
+    parameters: Mapping[str, float]
+
+
+class Drawn(NamedTuple):
+    """What a step drew, on its way to the host."""
+
+    values: Tensor
+    event: torch.cuda.Event | None
+
+    def ready(self) -> bool:
+        """Whether `read` need not wait. Asks, and so synchronises nothing."""
+        return self.event is None or self.event.query()
+
+    def read(self) -> list[tuple[list[int], list[float]]]:
+        """By row: [token (-1: none could be drawn), status] and [logprob, base_logprob, reward of each ARM]."""
+        integers, floats = self.values[:, :2], self.values[:, 2:].view(torch.float32)
+        return list(zip(integers.tolist(), floats.tolist(), strict=True))
+
+
+class Engine:
+    """Slots over the forward passes of a base and its ARMs. A row ends on the device at an EOS token or at its limit,
+    and stays as it is until the next row begins in its slot.
+    """
+
+    def __init__(
+        self,
+        forwards: Sequence[Forward],
+        operands: Sequence[Operand],
+        slots: int,
+        *,
+        length: int,
+        window: int,
+        refill: bool,
+        vocab_size: int,
+        eos: Sequence[int],
+        backend: str,
+        device: torch.device,
+        streams: bool,
+        cuda_graph: bool,
+    ) -> None:
+        """`operands`: of the base, then of each ARM in order; `length`: tokens a row may have; `window`: a step's
+        attention covers a multiple of so many; `refill`: a row may begin while others go on.
+        """
+        self.slots = slots
+        self.length = length
+        self.window = window
+        self.refill = refill
+        self._forwards = list(forwards)
+        self._operands = list(operands)
+        self._arms = len(operands) - 1
+        self._vocab_size = vocab_size
+        self._backend = backend
+        self._device = device
+        self._streams = streams
+        self._cuda_graph = cuda_graph and device.type == "cuda" and {x.device for x in forwards} == {device}
+        with torch.inference_mode():
+            self._eos = torch.tensor(sorted(eos), dtype=torch.int64, device=device)
+            self._tokens = torch.zeros(slots, dtype=torch.int64, device=device)
+            self._live = torch.zeros(slots, dtype=torch.bool, device=device)
+            self._weights = torch.zeros(slots, self._arms, device=device)
+            self._rows = {
+                name: torch.zeros(slots, dtype=_DTYPES.get(name, torch.float32), device=device)
+                for name in (*PER_ROW, "seed", "position", "limit")
+            }
+        self._numbers: dict[str, float] = {}
+        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Tensor] | None] = {}
+        self._pool: Any = None
+
+    @property
+    def device_type(self) -> str:
+        return self._device.type
+
+    def set_numbers(self, numbers: Mapping[str, float]) -> None:
+        """Parameters of `guided_step` that all rows share from now on: a backend leaves whole passes out for a number
+        that asks for nothing.
+        """
+        self._numbers = dict(numbers)
+
+    def begin(self, slots: Sequence[int], rows: Sequence[Begin]) -> Drawn:
+        """Puts rows into slots and draws the next token of each. Their operands' prompts go through one pass each."""
+        with self._context():
+            at = self._upload(slots, torch.int64)
+            prompts = [[[row.prompts[i] for i in of] for row in rows] for of in self._of_forwards()]
+            logits = self._run([partial(x.prefill, slots, one) for x, one in zip(self._forwards, prompts, strict=True)])
+            self._weights[at] = self._upload([row.weights for row in rows], torch.float32)
+            values = {name: [row.parameters[name] for row in rows] for name in PER_ROW}
+            values |= {name: [getattr(row, name) for row in rows] for name in ("seed", "position", "limit")}
+            for name, column in values.items():
+                self._rows[name][at] = self._upload(column, self._rows[name].dtype)
+            self._live[at] = True
+            return self._send(self._draw(logits, at))
+
+    def step(self, n: int, window: int) -> Drawn:
+        """Draws the next token of the first n slots; no live row is longer than `window` tokens with its last one."""
+        with self._context():
+            if not self._cuda_graph:
+                return self._send(self._step(n, window))
+            key = (n, window, tuple(sorted(self._numbers.items())))
+            if key not in self._graphs:
+                self._graphs[key] = None  # the first time everything compiles, loads and allocates
+                return self._send(self._step(n, window))
+            if (captured := self._graphs[key]) is None:
+                captured = self._capture(n, window)
+                if captured is None:
+                    return self._send(self._step(n, window))
+                self._graphs[key] = captured
+            graph, values = captured
+            graph.replay()
+            return self._send(values)
+
+    def set_weights(self, slot: int, weights: Sequence[float]) -> None:
+        """Of the tokens that are not drawn yet."""
+        with self._context():
+            self._weights[slot] = self._upload(weights, torch.float32)
+
+    def move(self, source: int, target: int, window: int) -> None:
+        """Moves the row of a slot to another, whose row has ended."""
+        with self._context():
+            for forward in self._forwards:
+                forward.move(source, target, window)
+            for state in (self._tokens, self._live, self._weights, *self._rows.values()):
+                state[target] = state[source]
+            self._live[source] = False
+
+    def _step(self, n: int, window: int) -> Tensor:
+        tokens, live = self._tokens[:n], self._live[:n]
+        logits = self._run([partial(x.step, tokens, window) for x in self._forwards])
+        for forward in self._forwards:
+            forward.advance(live)
+        return self._draw(logits, slice(n))
+
+    def _draw(self, logits: list[Tensor], at: Any) -> Tensor:
+        """int32 `[n, 4 + N]`: the fields of `Drawn`, the floats by their bits."""
+        if len({x.dtype for x in logits}) > 1:
+            logits = [x.float() for x in logits]
+        base, *arms = [logits[forward][:, index].to(self._device) for forward, index in self._operands]
+        rows = {name: values[at] for name, values in self._rows.items()}
+        parameters: dict[str, Any] = {name: self._numbers.get(name, rows[name]) for name in PER_ROW}
+        drawn = guided_step(
+            base,
+            arms,
+            self._weights[at],
+            **parameters,
+            seed=rows["seed"],
+            position=rows["position"],
+            vocab_size=self._vocab_size,
+            backend=self._backend,
+        )
+        live = self._live[at]
+        position = rows["position"] + live
+        self._rows["position"][at] = position
+        self._tokens[at] = drawn.token.clamp_min(0)  # -1: the host raises for a row that could not be drawn
+        ended = (drawn.token[:, None] == self._eos).any(1) | (position >= rows["limit"])
+        self._live[at] = live & ~ended
+        assert drawn.logprob is not None and drawn.base_logprob is not None and drawn.arm_logprobs is not None
+        floats = torch.cat([drawn.logprob[:, None], drawn.base_logprob[:, None], drawn.arm_logprobs], 1)
+        return torch.cat([torch.stack([drawn.token.int(), drawn.status], 1), floats.view(torch.int32)], 1)
+
+    def _run(self, calls: list[Any]) -> list[Tensor]:
+        return run_concurrently(*calls) if self._streams else [call() for call in calls]
+
+    def _capture(self, n: int, window: int) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
+        graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                values = self._step(n, window)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            _LOGGER.warning("decoding without CUDA graphs, which a model cannot be captured in: %s", reason)
+            self._cuda_graph = False
+            return None
+        return graph, values
+
+    def _send(self, values: Tensor) -> Drawn:
+        if self._device.type != "cuda":
+            return Drawn(values, None)
+        host = values.to("cpu", non_blocking=True)  # into pinned memory
+        event = torch.cuda.Event()
+        event.record()
+        return Drawn(host, event)
+
+    def _upload(self, values: Any, dtype: torch.dtype) -> Tensor:
+        host = torch.tensor(values, dtype=dtype)
+        return host.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else host
+
+    def _of_forwards(self) -> list[list[int]]:
+        """By forward pass, which operands (0: base) its rows are, in its order."""
+        return [
+            [operand for operand, (forward, _) in enumerate(self._operands) if forward == f]
+            for f in range(len(self._forwards))
+        ]
+
+    @contextmanager
+    def _context(self) -> Iterator[None]:
+        # run_concurrently forks its streams on the current device.
+        on_device = torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+        with torch.inference_mode(), on_device:
+            yield

@@ -1,0 +1,100 @@
+"""ARMs that are LoRA adapters of the base, as further rows of the base's own forward pass.
+
+A row of the base and a row of each such ARM go through every layer together, so that each weight is read once for all
+of them; an adapter's low-rank part is added to the rows of its ARM alone:
+
+    y[i] = W x[i] + scale_i B_i A_i x[i],   without the second part for the base
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from . import loading
+
+
+class LowRank(NamedTuple):
+    """What an adapter adds to one linear layer: x -> up (down x)."""
+
+    down: Tensor
+    """`[r, in]`."""
+    up: Tensor
+    """`[out, r]`, the adapter's scale in it."""
+
+
+def low_rank_parts(base: Any, arm: Any) -> dict[str, LowRank] | None:
+    """By the name of a layer of `base`, what the ARM adds to it; None unless the ARM is a plain LoRA adapter over the
+    very weights of `base`.
+    """
+    try:
+        from peft import PeftModel
+        from peft.tuners.lora import LoraLayer
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils import ModulesToSaveWrapper
+    except ImportError:
+        return None
+    if not isinstance(arm, PeftModel):
+        return None
+    weights = {id(parameter) for parameter in base.parameters()}
+    parts: dict[str, LowRank] = {}
+    own: set[int] = set()
+    for name, layer in arm.get_base_model().named_modules():
+        if isinstance(layer, ModulesToSaveWrapper):
+            return None
+        if isinstance(layer, BaseTunerLayer):
+            if not isinstance(layer, LoraLayer) or (part := _plain(layer)) is None:
+                return None
+            parts[name] = part
+            own |= {id(x) for group in (layer.lora_A, layer.lora_B) for x in group.parameters()}
+    others = {id(parameter) for parameter in arm.get_base_model().parameters()} - own
+    return parts if others == weights else None
+
+
+def share(base: Any, arms: Sequence[dict[str, LowRank]]) -> Any:
+    """A model whose batch is base, ARM 1, ..., ARM N, base, ARM 1, ..., over the weights of `base`."""
+    model = loading.twin(base)
+    for name in {name for parts in arms for name in parts}:
+        parent, _, child = name.rpartition(".")
+        layer = model.get_submodule(name)
+        setattr(model.get_submodule(parent), child, _SharedLinear(layer, [parts.get(name) for parts in arms]))
+    return model
+
+
+class _SharedLinear(nn.Module):
+    def __init__(self, linear: nn.Module, parts: Sequence[LowRank | None]) -> None:
+        super().__init__()
+        self.linear = linear
+        # By rows: those of the operand, out of every 1 + N.
+        self._parts = [
+            (slice(operand, None, 1 + len(parts)), *part) for operand, part in enumerate(parts, start=1) if part
+        ]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        for rows, down, up in self._parts:
+            # As matrices: of a strided batch, torch makes batched products, which cost four times as much on a CPU.
+            own = y[rows]
+            own += F.linear(F.linear(x[rows].flatten(0, 1).to(down.dtype), down), up).view(own.shape)
+        return y
+
+
+def _plain(layer: Any) -> LowRank | None:
+    """The one active adapter of a PEFT layer, if x -> scale * B A x is all that it adds."""
+    if len(layer.active_adapters) != 1 or layer.merged or layer.disable_adapters:
+        return None
+    (name,) = layer.active_adapters
+    if name not in layer.lora_A or getattr(layer, "lora_variant", {}).get(name) is not None:
+        return None
+    a, b = layer.lora_A[name], layer.lora_B[name]
+    if not all(type(x) is nn.Linear and x.bias is None for x in (a, b)):
+        return None
+    # On a CPU a small product in bfloat16 takes three times as long as in float32, where PEFT keeps adapters; on a GPU
+    # the conversions would.
+    dtype = torch.float32 if a.weight.device.type == "cpu" else layer.get_base_layer().weight.dtype
+    if not dtype.is_floating_point:
+        dtype = a.weight.dtype
+    up = b.weight.detach().float() * layer.scaling[name]
+    return LowRank(a.weight.detach().to(dtype).contiguous(), up.to(dtype).contiguous())
