@@ -92,12 +92,13 @@ class _Flight(NamedTuple):
 class Run:
     """Decodes rows in an engine that no other run uses."""
 
-    def __init__(self, engine: Engine, rows: Sequence[Row], eos: frozenset[int]) -> None:
+    def __init__(self, engine: Engine, at_once: int, rows: Sequence[Row], eos: frozenset[int]) -> None:
         self._engine = engine
         self._waiting = deque(rows)
         self._slots: list[Row | None] = [None] * engine.slots
-        self._usable = engine.slots
+        self._usable = at_once
         self._begun = 0  # rows, when last any began
+        self._error: PromptError | None = None
         self._flights: deque[_Flight] = deque()
         self._eos = eos
         self._ahead = _AHEAD if engine.device_type == "cuda" else 0
@@ -108,6 +109,8 @@ class Run:
     def __iter__(self) -> Iterator[list[Row]]:
         """The rows that have got a token, step after step, until every row has finished."""
         while self._waiting or self._flights or any(self._slots):
+            if self._error is not None:  # now that those which got a token in the same step have been given out
+                raise self._error
             if self._may_begin():
                 self._begin()
             elif self._may_step():
@@ -150,7 +153,7 @@ class Run:
             drawn = self._engine.begin(slots, [row.begin() for row in rows])
         except torch.OutOfMemoryError as error:
             self._waiting.extendleft(reversed(rows))
-            self._lower_batch(len(rows), error)
+            self._lower_batch(sum(row is not None for row in self._slots) + len(rows) // 2, error)
             return
         self._begun = len(rows)
         for slot, row in zip(slots, rows, strict=True):
@@ -176,8 +179,9 @@ class Run:
             drawn = self._engine.step(n, self._in_windows(max(row.length for row in self._slots if row is not None)))
         except torch.OutOfMemoryError as error:
             occupied = [slot for slot, row in enumerate(self._slots) if row is not None]
-            self._lower_batch(0, error)
-            self._again(occupied[-1])
+            self._lower_batch(len(occupied) - max(1, len(occupied) // 8), error)
+            for slot in reversed(occupied[self._usable :]):
+                self._again(slot)
             return
         rows = self._slots[:n]
         for row in rows:
@@ -194,7 +198,8 @@ class Run:
             if token < 0:
                 bad = status == BAD_ROW
                 reason = "the models' logits hold NaN or infinity" if bad else "the models allow no token"
-                raise PromptError(row.index, f"token {len(row.tokens)} cannot be drawn: {reason}")
+                self._error = PromptError(row.index, f"token {len(row.tokens)} cannot be drawn: {reason}")
+                continue
             row.append(token, logprob, base_logprob, rewards, self._eos)
             grown.append(row)
             if row.finish_reason is not None:
@@ -235,14 +240,11 @@ class Run:
         row.queued = len(row.tokens)
         self._waiting.appendleft(row)
 
-    def _lower_batch(self, beginning: int, error: torch.OutOfMemoryError) -> None:
-        """After the device ran out of memory: fewer rows at once, down to those that go on, or to half."""
+    def _lower_batch(self, at_once: int, error: torch.OutOfMemoryError) -> None:
+        """Goes on with fewer rows after the device ran out of memory."""
         torch.cuda.empty_cache()
-        going_on = sum(row is not None for row in self._slots)
-        lower = going_on + beginning // 2 if beginning > 1 else going_on if beginning else going_on - 1
-        if lower < 1:
-            raise GenarmError(
-                f"one prompt does not fit into the device's memory: {str(error).splitlines()[0]}"
-            ) from error
-        _LOGGER.warning("out of memory: decoding at most %d prompts at once from here on", lower)
-        self._usable = lower
+        if at_once < 1:
+            reason = str(error).splitlines()[0]
+            raise GenarmError(f"one prompt does not fit into the device's memory: {reason}") from error
+        _LOGGER.warning("out of memory: decoding at most %d prompts at once from here on", at_once)
+        self._usable = at_once

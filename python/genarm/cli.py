@@ -43,6 +43,8 @@ _sampling = partial(typer.Option, rich_help_panel="Sampling")
 _output = partial(typer.Option, rich_help_panel="Output")
 
 # Of a token's advantage over the base (see `_advantage`). Blue and red stay apart for the colour-blind.
+# Prompts that are decoded by one call, in batches: the rows of a file that finish early wait no longer than for these.
+_BATCHES_A_BLOCK = 8
 _BOUNDS = (-2.0, -1.0, -0.25, 0.25, 1.0, 2.0)
 _STYLES = (
     "white on #b2182b",
@@ -186,18 +188,23 @@ def generate(
                     screen.stream(decoder.stream(**prompt_or_chat, **rows[0], **sampling), rows[0]["weights"])
                 return
             with _progress(screen.console, results is not None, len(work), done) as advance:
-                # Batches are cut alike however much is done, so that the float noise of the forwards is the same too.
-                for start in range(done - done % batch_size, len(work), batch_size):
-                    part = slice(start, start + batch_size)
+                # Blocks are cut alike however much is done, and begun at their first prompt, so that the float noise of
+                # the forwards is the same too.
+                block = _BATCHES_A_BLOCK * batch_size
+                for start in range(done - done % block, len(work), block):
+                    part = slice(start, start + block)
                     with _named(work[part]):
-                        new = _decode(decoder, contents[part], rows[part], sampling, compare)[done - start :]
-                    if results:
-                        results.append(new)
-                    for i, record in enumerate([] if results else new, start=done):
-                        title = f"=== {i + 1}/{len(work)}: {work[i].title()}\n" if len(work) > 1 else ""
-                        screen.show(title, record, rows[i]["weights"])
-                    done += len(new)
-                    advance(len(new))
+                        records = _decode(decoder, contents[part], rows[part], sampling, compare, batch_size)
+                        for i, record in enumerate(records, start):
+                            if i < done:
+                                continue
+                            if results:
+                                results.append([record])
+                            else:
+                                title = f"=== {i + 1}/{len(work)}: {work[i].title()}\n" if len(work) > 1 else ""
+                                screen.show(title, record, rows[i]["weights"])
+                            done += 1
+                            advance(1)
     except KeyboardInterrupt:
         done = results.done if results else done
         _interrupted(f"{done} of {len(work)} done" + ("; run the same command again to go on" if results else ""))
@@ -383,28 +390,40 @@ def _decode(
     rows: list[dict[str, Any]],
     sampling: dict[str, Any],
     compare: bool,
-) -> list[dict[str, Any]]:
-    """A batch's results, as they are written; with `compare`, each holds the unguided ones too."""
-    options = _options(rows)
-    guided = decoder.generate(contents, **options, **sampling)
-    records = [_record(guided, b) for b in range(len(rows))]
+    batch_size: int,
+) -> Iterator[dict[str, Any]]:
+    """Results in the order of the prompts, as they are written; with `compare`, each holds the unguided one too."""
+    options: dict[str, list[Any]] = _options(rows)
+    copies = 1 + compare
     if compare:
-        unguided = decoder.generate(contents, weights={}, seed=options["seed"], **sampling)
-        for b, record in enumerate(records):
-            record["unguided"] = _record(unguided, b)
-    return records
+        contents = [one for one in contents for _ in range(2)]
+        options["weights"] = [one for own in options["weights"] for one in (own, dict[str, float]())]
+        options["seed"] = [seed for seed in options["seed"] for _ in range(2)]
+    finished: dict[int, dict[str, Any]] = {}
+    next_one = 0
+    try:
+        for i, result in decoder.generate_each(contents, batch_size=batch_size, **options, **sampling):
+            finished[i] = _record(result)
+            while all(next_one + copy in finished for copy in range(copies)):
+                record = finished.pop(next_one)
+                if compare:
+                    record["unguided"] = finished.pop(next_one + 1)
+                yield record
+                next_one += copies
+    except PromptError as error:
+        raise PromptError(error.index // copies, error.problem) from error
 
 
-def _record(result: "GenerationResult", b: int) -> dict[str, Any]:
-    """What a line of results says about prompt b of a batch; a millionth of a nat is enough."""
-    nats = {"logprobs": result.logprobs[b], "base_logprobs": result.base_logprobs[b]}
-    rewards = {name: [round(x, 6) for x in values[b]] for name, values in result.rewards.items()}
+def _record(result: "GenerationResult") -> dict[str, Any]:
+    """What a line of results says about one prompt; a millionth of a nat is enough."""
+    (text,), (tokens,), (reason,) = result.texts, result.tokens, result.finish_reasons
+    nats = {"logprobs": result.logprobs[0], "base_logprobs": result.base_logprobs[0]}
     return {
-        "text": result.texts[b],
-        "finish_reason": result.finish_reasons[b],
-        "tokens": result.tokens[b],
+        "text": text,
+        "finish_reason": reason,
+        "tokens": tokens,
         **{name: [round(x, 6) for x in values] for name, values in nats.items()},
-        "rewards": rewards,
+        "rewards": {name: [round(x, 6) for x in values] for name, (values,) in result.rewards.items()},
     }
 
 

@@ -225,6 +225,17 @@ class GuidedDecoder:
             pass
         return self._result(rows)
 
+    def generate_each(
+        self, prompts: str | Sequence[str | Messages] | None = None, *, batch_size: int | None = None, **arguments: Any
+    ) -> Iterator[tuple[int, GenerationResult]]:
+        """`generate`, a prompt at a time: (index of the prompt, its result alone), in the order in which they finish.
+
+        Arguments and errors as in `generate`; what has been given out stays when a later prompt fails.
+        """
+        rows = self._rows(self._request(prompts, **arguments))
+        steps = self._decode(rows, _batch_size(batch_size))
+        return ((row.index, self._result([row])) for _, grown in steps for row in grown if row.finish_reason)
+
     def _result(self, rows: Sequence[Row]) -> GenerationResult:
         return GenerationResult(
             texts=[row.finish_text() for row in rows],
@@ -285,17 +296,17 @@ class GuidedDecoder:
 
     def _request(
         self,
-        prompts: str | Sequence[str | Messages] | None,
-        messages: Any,
-        arm_prompts: Mapping[str, Sequence[str | Messages]] | None,
-        weights: Weights,
-        max_new_tokens: int | Sequence[int],
-        temperature: PerPrompt,
-        top_k: int | Sequence[int],
-        top_p: PerPrompt,
-        min_p: PerPrompt,
-        seed: int | Sequence[int],
-        stop: str | Sequence[str],
+        prompts: str | Sequence[str | Messages] | None = None,
+        messages: Any = None,
+        arm_prompts: Mapping[str, Sequence[str | Messages]] | None = None,
+        weights: Weights = None,
+        max_new_tokens: int | Sequence[int] = 128,
+        temperature: PerPrompt = 1.0,
+        top_k: int | Sequence[int] = 0,
+        top_p: PerPrompt = 1.0,
+        min_p: PerPrompt = 0.0,
+        seed: int | Sequence[int] = 0,
+        stop: str | Sequence[str] = (),
     ) -> "_Request":
         """Everything that can be checked before decoding, checked; on the host alone."""
         inputs = _inputs(prompts, messages)
@@ -356,8 +367,9 @@ class GuidedDecoder:
         if not rows:
             return
         length = max(max(map(len, row.prompts)) + row.limit for row in rows)
-        engine = self._provider.take(len(rows), length, batch_size)
-        run, sound = Run(engine, rows, self._eos), True
+        engine, at_once = self._provider.take(len(rows), length, batch_size)
+        run, sound = Run(engine, at_once, rows, self._eos), True
+        del rows  # what has been decoded can go
         try:
             for grown in run:
                 if grown:
@@ -479,7 +491,7 @@ def _encode(tokenizer: Any, texts: Sequence[tuple[str, bool]]) -> list[list[int]
 
 def _check_prompts(label: str, model: Any, prompts: list[list[int]], limits: list[int]) -> None:
     """PromptError unless the model has the prompts' tokens and room for them and their continuations."""
-    positions, embeddings = loading.max_positions(model), model.get_input_embeddings().num_embeddings
+    positions, embeddings = loading.max_positions(model), loading.embeddings(model)
     for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         # The last token drawn is not fed again.
         if positions is not None and len(prompt) + limit - 1 > positions:

@@ -290,7 +290,7 @@ def static_shapes(model: Any) -> list[LayerShape] | str:
         kinds = ["sliding_attention" if sliding else "full_attention"] * config.num_hidden_layers
     if other := set(kinds) - {"full_attention", "sliding_attention"}:
         return f"it has layers of kind {', '.join(sorted(other))}"
-    ids = torch.arange(2, 7, device=model.device)[None] % model.get_input_embeddings().num_embeddings
+    ids = torch.arange(2, 7, device=model.device)[None] % loading.embeddings(model)
     try:
         seen = _Shapes()
         expected = model(input_ids=ids, past_key_values=seen, use_cache=True).logits[0, -1].float()
@@ -340,7 +340,7 @@ def _logits_of_last(model: Any) -> dict[str, int]:
 
 @contextmanager
 def _contiguous_head(model: Any) -> Iterator[None]:
-    """On a CPU torch copies the head's weights, a row at a time, for hidden states that are strided: the last column of many."""
+    """On a CPU torch copies the head's weights, a row at a time, for strided hidden states: the last column of many."""
     head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, args: tuple(x.contiguous() for x in args)) if head else None
     try:

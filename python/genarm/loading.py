@@ -119,6 +119,12 @@ def shared_vocabulary(base: LoadedModel, arms: Mapping[str, LoadedModel]) -> int
     return size
 
 
+def embeddings(model: Any) -> int:
+    """How many different tokens the model can be given."""
+    table = model.get_input_embeddings()
+    return int(getattr(table, "num_embeddings", None) or table.weight.shape[0])
+
+
 def twin(model: Any) -> Any:
     """A copy whose modules can be replaced, and which shares every weight: it takes no memory."""
     shared = [*model.parameters(), *model.buffers()]
@@ -127,7 +133,7 @@ def twin(model: Any) -> Any:
 
 
 def max_positions(model: Any) -> int | None:
-    """How many tokens the model can be given; None where its configuration sets no limit."""
+    """How long a sequence the model can be given; None where its configuration sets no limit."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return limit if limit and limit > 0 else None
 
@@ -200,8 +206,11 @@ def _strings(tokenizer: Any) -> dict[int, str]:
 
 
 def _width(model: Any) -> int:
+    """Of the logits. By the layer's own count where it has one: int8 weights are no tensor."""
     head = model.get_output_embeddings()
-    return head.weight.shape[0] if head is not None else model.config.get_text_config().vocab_size
+    if head is None:
+        return int(model.config.get_text_config().vocab_size)
+    return int(getattr(head, "out_features", None) or head.weight.shape[0])
 
 
 def _as_tuple(names: Any) -> tuple[str, ...]:

@@ -65,8 +65,9 @@ class Provider:
         self._passes: list[_Pass] | None = None
         self._kept: Engine | None = None
 
-    def take(self, prompts: int, length: int, batch_size: int | None) -> Engine:
-        """An engine for so many prompts, each of at most `length` tokens with its continuation; give it back.
+    def take(self, prompts: int, length: int, batch_size: int | None) -> tuple[Engine, int]:
+        """An engine for so many prompts, each of at most `length` tokens with its continuation, and how many of them
+        to decode at once. Give it back.
 
         Raises:
             GenarmError: memory for not even one of them.
@@ -77,16 +78,26 @@ class Provider:
         length = -(-length // window) * window
         slots = max(1, min(prompts, batch_size or _MOST_AT_ONCE.get(self._device.type, _MOST_ELSEWHERE)))
         if kept is not None and kept.slots >= slots and kept.length >= length:
-            return kept
+            return kept, slots
         del kept  # its memory is free for the new one
         refill = not any(isinstance(one.shapes, str) for one in passes)
         if refill:
             slots = min(slots, self._slots_that_fit(passes, length))
-        return self._engine(passes, slots, length, window, refill)
+        engine = self._make(passes, slots, length, window, refill)
+        return engine, engine.slots
 
     def give_back(self, engine: Engine) -> None:
         """Only what ended well: after an error the caches may hold NaN."""
         self._kept = engine
+
+    def _make(self, passes: list[_Pass], slots: int, length: int, window: int, refill: bool) -> Engine:
+        try:
+            return self._engine(passes, slots, length, window, refill)
+        except torch.OutOfMemoryError as error:  # others took it in the meantime
+            if slots == 1:
+                raise GenarmError(f"the KV caches of one prompt do not fit: {error}") from error
+        torch.cuda.empty_cache()
+        return self._make(passes, slots // 2, length, window, refill)
 
     def _engine(self, passes: list[_Pass], slots: int, length: int, window: int, refill: bool) -> Engine:
         operands: list[Any] = [None] * len(self._models)

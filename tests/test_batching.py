@@ -1,0 +1,353 @@
+"""Rows retired and admitted, weights shared, memory short, the host behind the device: a prompt's tokens stay."""
+
+import logging
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from genarm import GenarmError, GuidedDecoder, batching, bundled, provision, world
+from genarm.engine import Drawn, Engine
+from genarm.forwards import StaticForward
+from test_decoder import SMALL, byte_tokenizer, make_model
+
+PROMPTS = ["abcdefgh"[: 1 + i % 7] * (1 + i % 5) for i in range(21)]
+LIMITS = [1 + (5 * i) % 17 for i in range(21)]
+SAMPLING = [{"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "seed": 3}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+def endless(model):
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@pytest.fixture(scope="module")
+def decoder(tokenizer):
+    return GuidedDecoder(
+        endless(make_model("qwen3")), tokenizer, {"a": make_model(seed=1), "b": make_model("gpt2", seed=2)}
+    )
+
+
+def decode(decoder, **options):
+    arguments = {"weights": {"a": 0.7}, "max_new_tokens": LIMITS, **options}
+    return decoder.generate(PROMPTS, **arguments)
+
+
+@pytest.mark.parametrize("sampling", SAMPLING)
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_batch_size_and_admission_change_no_token(decoder, sampling, batch_size):
+    together = decode(decoder, **sampling)
+    apart = decode(decoder, batch_size=batch_size, **sampling)
+    assert (apart.tokens, apart.texts, apart.finish_reasons) == (
+        together.tokens, together.texts, together.finish_reasons,
+    )  # fmt: skip
+    assert [len(tokens) for tokens in apart.tokens] == LIMITS
+    for mine, other in zip(apart.logprobs, together.logprobs, strict=True):
+        assert mine == pytest.approx(other, abs=1e-4)
+
+
+def test_a_slot_is_never_idle_while_prompts_wait(decoder, monkeypatch):
+    """Every step covers as many rows as are left; the rows of all steps and prefills together are the tokens drawn."""
+    covered = []
+    step = Engine.step
+    monkeypatch.setattr(Engine, "step", lambda self, n, window: covered.append(n) or step(self, n, window))
+    decode(decoder, batch_size=4)
+    assert sum(covered) + len(PROMPTS) == sum(LIMITS)
+    assert max(covered) == 4
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_which_models_have_static_caches(tokenizer, kind, caplog):
+    decoder = GuidedDecoder(make_model(kind), tokenizer)
+    with caplog.at_level(logging.WARNING, "genarm"):
+        for _ in range(2):
+            decoder.generate("a", max_new_tokens=2)
+    plain = kind in ("bloom", "mamba")
+    assert caplog.text.count("plain loop") == plain  # said once
+    assert ("the base: its forward takes no" in caplog.text) == plain
+
+
+def test_eager_attention_and_half_precision_are_kept(tokenizer):
+    for kind, dtype in (("llama", torch.bfloat16), ("gemma2", torch.float16), ("gpt2", torch.bfloat16)):
+        model = make_model(kind).to(dtype)
+        model.set_attn_implementation("eager")
+        decoder = GuidedDecoder(model, tokenizer)
+        result = decoder.generate(["abc", "a"], max_new_tokens=9, temperature=0.0)
+        assert decoder._provider._kept.refill
+        assert model.config._attn_implementation == "eager"
+        ids = torch.tensor([tokenizer("abc")["input_ids"] + result.tokens[0]])
+        expected = model(ids).logits[0, 2:-1].float().log_softmax(-1)
+        drawn = expected.gather(1, torch.tensor(result.tokens[0])[:, None])[:, 0]
+        assert result.logprobs[0] == pytest.approx(drawn.tolist(), abs=0.3)
+
+
+def test_a_model_whose_rows_depend_on_their_batch_runs_in_the_plain_loop(tokenizer, caplog):
+    """Dynamic quantisation scales by the largest number of the whole batch."""
+    from torch.ao.quantization import quantize_dynamic
+
+    with pytest.warns(DeprecationWarning):
+        model = quantize_dynamic(make_model(), {torch.nn.Linear}, torch.qint8)
+    decoder = GuidedDecoder(model, tokenizer, {"a": make_model(seed=1)})
+    token = model(torch.tensor([tokenizer("hello")["input_ids"]])).logits[0, -1].argmax()
+    result = decoder.generate("hello", weights={"a": 0.0}, max_new_tokens=5, temperature=0.0)
+    assert "its logits differ with static caches" in caplog.text
+    assert model.lm_head.weight().dtype == torch.qint8
+    assert result.tokens[0][0] == token
+
+
+def adapter(base, seed, **options):
+    torch.manual_seed(seed)
+    from genarm import loading
+
+    config = LoraConfig(**{"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **options})
+    return get_peft_model(loading.twin(base), config)
+
+
+@pytest.mark.parametrize("sampling", SAMPLING)
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_shared_weights_change_no_token(tokenizer, kind, sampling):
+    base = make_model(kind)
+    targets = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True} if kind == "gpt2" else {}
+    arms = {
+        "a": adapter(base, 1, **targets),
+        "b": make_model(seed=7),
+        "c": adapter(base, 2, r=2, lora_alpha=16, use_rslora=True, **targets),
+    }
+    options = {
+        "weights": {"a": 1.0, "b": 0.5, "c": -0.5},
+        "arm_prompts": {"c": ["On the other hand, " + prompt for prompt in PROMPTS]},
+        "batch_size": 4,
+        **sampling,
+    }
+    together, apart = (GuidedDecoder(base, tokenizer, arms, share_weights=share) for share in (True, False))
+    shared, separate = decode(together, **options), decode(apart, **options)
+    assert [len(one.operands) for one in together._provider._plan()] == [3, 1]
+    assert [len(one.operands) for one in apart._provider._plan()] == [1] * 4
+    assert shared.tokens == separate.tokens
+    for name in arms:
+        for mine, other in zip(shared.rewards[name], separate.rewards[name], strict=True):
+            assert mine == pytest.approx(other, abs=1e-4)
+    unguided = decode(together, **{**options, "weights": {"b": 0.5}})
+    assert unguided.tokens != shared.tokens
+
+
+def test_shared_weights_are_read_once(tokenizer):
+    base = make_model()
+    decoder = GuidedDecoder(base, tokenizer, {"a": adapter(base, 1), "b": adapter(base, 2)})
+    rows = []
+    (one,) = decoder._provider._plan()
+    one.model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    decoder.generate(["a", "bc"], max_new_tokens=3)
+    assert rows == [6, 6, 6]
+    assert one.model.lm_head.weight is base.lm_head.weight
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"target_modules": ["embed_tokens"]}, {"lora_bias": True}],
+)
+def test_adapters_that_are_more_than_low_rank_run_apart(tokenizer, options):
+    base = make_model()
+    decoder = GuidedDecoder(base, tokenizer, {"a": adapter(base, 1, **options)})
+    assert len(decoder.generate("a", max_new_tokens=3).tokens[0]) == 3
+    assert [len(one.operands) for one in decoder._provider._plan()] == [1, 1]
+
+
+def test_an_adapter_of_other_weights_runs_apart(tokenizer):
+    base, other = make_model(), make_model(seed=5)
+    decoder = GuidedDecoder(base, tokenizer, {"a": adapter(other, 1)})
+    assert [len(one.operands) for one in decoder._provider._plan()] == [1, 1]
+
+
+def test_engines_are_kept_and_grow(tokenizer):
+    decoder = GuidedDecoder(make_model(), tokenizer)
+    expected = decoder.generate("abc", max_new_tokens=9, seed=4).tokens
+    first = decoder._provider._kept
+    assert decoder.generate("abc", max_new_tokens=9, seed=4).tokens == expected
+    assert decoder._provider._kept is first
+    streams = [decoder.stream("abc", max_new_tokens=9, seed=4) for _ in range(2)]  # side by side: an engine each
+    both = list(zip(*streams, strict=True))
+    assert [[event.token for event in events] for events in zip(*both, strict=True)] == expected * 2
+    decoder.generate(["abc"] * 3, max_new_tokens=99)
+    assert decoder._provider._kept.slots == 3 and decoder._provider._kept.length >= 102
+    abandoned = decoder.stream("abc")
+    next(abandoned)
+    del abandoned
+    assert decoder._provider._kept is not None
+    assert decoder.generate("abc", max_new_tokens=9, seed=4).tokens == expected
+
+
+def test_an_engine_that_met_nan_is_not_used_again(tokenizer):
+    model = make_model()
+    decoder = GuidedDecoder(model, tokenizer)
+    expected = decoder.generate(["abc", "a"], max_new_tokens=9).tokens
+    weight = model.model.layers[0].self_attn.v_proj.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight[0] = float("nan")
+    with pytest.raises(GenarmError, match="NaN"):
+        decoder.generate(["abc", "a"], max_new_tokens=9)
+    with torch.no_grad():
+        weight.copy_(kept)
+    assert decoder.generate(["abc", "a"], max_new_tokens=9).tokens == expected
+
+
+def test_generate_each_gives_what_generate_gives(decoder):
+    whole = decode(decoder, seed=5)
+    each = dict(decoder.generate_each(PROMPTS, weights={"a": 0.7}, max_new_tokens=LIMITS, seed=5, batch_size=3))
+    assert sorted(each) == list(range(len(PROMPTS)))
+    for b, result in each.items():
+        assert (result.tokens, result.texts) == ([whole.tokens[b]], [whole.texts[b]])
+        assert result.rewards["a"][0] == pytest.approx(whole.rewards["a"][b], abs=1e-4)
+    with pytest.raises(GenarmError, match="batch_size"):
+        decoder.generate_each(PROMPTS, batch_size=0)
+
+
+def test_memory_decides_how_many_prompts_at_once(decoder, monkeypatch):
+    expected = decode(decoder).tokens
+    length = max(len(prompt) + limit for prompt, limit in zip(PROMPTS, LIMITS, strict=True))
+    token = sum(one.bytes_per_token() for one in decoder._provider._plan())
+    monkeypatch.setattr(provision, "_free_bytes", lambda device: 4 * length * token)
+    decoder._provider._kept = None
+    assert decode(decoder).tokens == expected
+    assert 2 <= decoder._provider._kept.slots <= 5
+    decoder._provider._kept = None
+    monkeypatch.setattr(provision, "_free_bytes", lambda device: 16 * token)
+    calls = []
+    monkeypatch.setattr(Engine, "begin", lambda *args: calls.append(args))
+    with pytest.raises(GenarmError, match=r"needs [\d.]+ KiB of KV caches; of the [\d.]+ KiB free on cpu"):
+        decode(decoder)
+    assert not calls
+
+
+@pytest.mark.parametrize("where", ["begin", "step"])
+def test_out_of_memory_lowers_the_batch(decoder, monkeypatch, caplog, where):
+    """A device with memory for 3 rows, which shows when a fourth begins or is decoded."""
+    expected = decode(decoder, seed=1)
+    original = getattr(Engine, where)
+    sizes = []
+
+    def limited(self, rows, other):
+        size = rows if where == "step" else len(rows)
+        sizes.append(size)
+        if size > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(self, rows, other)
+
+    monkeypatch.setattr(Engine, where, limited)
+    with caplog.at_level(logging.WARNING, "genarm"):
+        result = decode(decoder, seed=1, batch_size=8)
+    assert "out of memory: decoding at most" in caplog.text
+    assert max(sizes) == 8 and sizes[-1] <= 3
+    assert result.tokens == expected.tokens
+    monkeypatch.setattr(Engine, where, lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory")))
+    with pytest.raises(GenarmError, match="one prompt does not fit"):
+        decode(decoder)
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """The host behind the device, as on a GPU: a step's tokens are there when asked for the third time."""
+    asked = {}
+
+    def ready(self):
+        asked[id(self.values)] = asked.get(id(self.values), 0) + 1
+        return asked[id(self.values)] > 2
+
+    begin = batching.Run.__init__
+
+    def ahead(self, *args):
+        begin(self, *args)
+        self._ahead = 4
+
+    monkeypatch.setattr(Drawn, "ready", ready)
+    monkeypatch.setattr(batching.Run, "__init__", ahead)
+    return asked
+
+
+@pytest.mark.parametrize("sampling", SAMPLING)
+def test_a_host_that_is_behind_changes_no_token(decoder, sampling, request):
+    options = {"batch_size": 4, "stop": ["q", "?"], **sampling}
+    expected = decode(decoder, **options)
+    asked = request.getfixturevalue("late")
+    result = decode(decoder, **options)
+    assert asked
+    assert (result.tokens, result.texts, result.finish_reasons) == (
+        expected.tokens, expected.texts, expected.finish_reasons,
+    )  # fmt: skip
+
+
+def test_eos_is_seen_late_and_nothing_after_it(request):
+    trained = GuidedDecoder.from_pretrained(bundled.path("base"), {"polite": bundled.path("polite")}, device="cpu")
+    chats = [[{"role": "user", "content": prompt}] for prompt in world.sample_prompts(9, seed=3)]
+    expected = trained.generate(messages=chats, seed=2, batch_size=3)
+    request.getfixturevalue("late")
+    result = trained.generate(messages=chats, seed=2, batch_size=3)
+    assert result.tokens == expected.tokens
+    assert set(result.finish_reasons) == {"eos"}
+
+
+def test_weights_changed_while_the_host_is_behind(decoder, request):
+    def steered():
+        stream = decoder.stream("How do I", weights={"a": 2.0, "b": 1.0}, max_new_tokens=16, temperature=0.0)
+        tokens = []
+        for i, event in enumerate(stream):
+            tokens.append(event.token)
+            if i in (0, 5):
+                stream.set_weights({"a": -2.0 if i else 1.0})
+        return tokens
+
+    expected = steered()
+    request.getfixturevalue("late")
+    assert steered() == expected
+
+
+def test_memory_is_flat_over_many_prompts(tokenizer):
+    """2,000 prompts of random lengths: nothing grows after the first hundred, and no cache is made anew."""
+    import random
+    import resource
+    from pathlib import Path
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    chance = random.Random(0)
+    prompts = ["x" * chance.randint(1, 60) for _ in range(2000)]
+    limits = [chance.randint(1, 16) for _ in prompts]
+    decoder = GuidedDecoder(endless(make_model()), tokenizer, {"a": make_model(seed=1)})
+    seen = []
+    for _, result in decoder.generate_each(prompts, max_new_tokens=limits, seed=0):
+        seen.append((len(result.tokens[0]), resident()))
+    assert sorted(tokens for tokens, _ in seen) == sorted(limits)
+    after_100, most = seen[100][1], max(size for _, size in seen[100:])
+    assert most - after_100 < 8 * 2**20, (after_100, most)
+
+
+@pytest.mark.slow
+def test_compiled_forwards_change_no_token(tokenizer):
+    base = make_model("qwen3")
+    arms = {"a": adapter(base, 1), "b": make_model(seed=1)}
+    options = {"weights": {"a": 1.0, "b": 0.5}, "batch_size": 2, "max_new_tokens": 6}
+    plain, compiled = (GuidedDecoder(base, tokenizer, arms, compile=on) for on in (False, True))
+    assert compiled.generate(PROMPTS[:4], **options).tokens == plain.generate(PROMPTS[:4], **options).tokens
+
+
+def test_static_forward_rows_do_not_see_each_other(tokenizer):
+    """What lies beyond a row's tokens, other rows' or an earlier row's, has no weight: exactly."""
+    model = make_model("mistral")
+    provider = GuidedDecoder(model, tokenizer)._provider
+    (one,) = provider._plan()
+    with torch.inference_mode():
+        logits = []
+        for noise in (0.0, 9.0):
+            forward = StaticForward(model, one.shapes, slots=3, length=32)
+            for layer in forward._cache.layers:
+                layer.keys.fill_(noise), layer.values.fill_(noise)
+            forward.prefill([1], [[[5, 6, 7, 8]]])
+            logits.append(forward.step(torch.tensor([9, 9, 9]), 16)[1])
+    assert torch.equal(*logits)
