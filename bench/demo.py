@@ -10,8 +10,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from bench import naive
-from genarm import GuidedDecoder, bundled, world
+from genarm import GuidedDecoder, bundled, naive, world
 
 PROMPTS = ("How do I sleep better?", "I want to save money. What should I do?", "Can you help me bake bread?")
 SETTINGS = {

@@ -13,10 +13,8 @@ import argparse
 import functools
 import itertools
 import json
-import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.baselines import compiled, eager
+from genarm.benchmark import commit
 from genarm_kernels import available_backends, guided_step
 from genarm_kernels.testing import make_logits
 
@@ -261,19 +260,10 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "commit": os.environ.get("GENARM_COMMIT") or commit(),
+        "commit": commit(),
         "copy_gb_s": copy_bandwidth(),
         "call_us": {name: call_time(name) for name in available_backends() if name in ("triton", "cuda")},
     }
-
-
-def commit() -> str:
-    describe = ("git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*")
-    try:
-        git = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return git.stdout.strip()
 
 
 def show(case: Case, times: dict[str, Time], copy_gb_s: float, table: Table) -> None:

@@ -16,7 +16,6 @@ import functools
 import itertools
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ import transformers
 from torch import Tensor
 
 from bench.baselines import BASELINES, Drawn, why_not_compiled
+from genarm.benchmark import commit, cpu_model, read_bandwidth
 from genarm_kernels import GuidedStep, available_backends, backends, guided_log_softmax, guided_step
 from genarm_kernels.testing import make_logits
 
@@ -249,26 +249,14 @@ def last_level_cache() -> int:
 
 
 @functools.cache
-def read_bandwidth() -> float:
-    """Bytes a second of the fastest plain read of a buffer beyond the cache, with all threads: a sum or a dot product.
-
-    The best of 7, not the median: what other processes took away at that moment would flatter every percentage.
-    """
-    x = torch.ones(min(last_level_cache() * 5 // 4, _MAX_POOL) // 4, device=DEVICE)
-
-    def seconds(read: Callable[[], Tensor]) -> float:
-        start = clock()
-        read()
-        return clock() - start
-
-    return x.nbytes / min(seconds(read) for read in (x.sum, lambda: x.dot(x)) for _ in range(7))
+def bandwidth() -> float:
+    """GB/s of reading what no cache holds."""
+    return read_bandwidth(DEVICE, min(last_level_cache() * 5 // 4, _MAX_POOL))
 
 
 @functools.cache
 def environment() -> dict[str, Any]:
     """What a figure means nothing without."""
-    describe = ("git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*")
-    git = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return {
         "device": DEVICE if DEVICE == "cpu" else torch.cuda.get_device_name(),
         "machine": f"{cpu_model()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
@@ -276,19 +264,10 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit(),
         "load_before": round(os.getloadavg()[0], 2),
-        "read_gb_s": round(read_bandwidth() / 1e9, 2),
+        "read_gb_s": round(bandwidth(), 2),
     }
-
-
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def record(benchmark: Any, case: Case, subject: str, pool_mib: int) -> None:
@@ -303,5 +282,5 @@ def record(benchmark: Any, case: Case, subject: str, pool_mib: int) -> None:
         "p80": times[round(0.8 * (len(times) - 1))],
         "bytes": case.bytes_read,
         "gb_s": speed / 1e9,
-        "percent_of_read_bandwidth": 100 * speed / read_bandwidth(),
+        "percent_of_read_bandwidth": 100 * speed / 1e9 / bandwidth(),
     }

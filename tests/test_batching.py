@@ -4,9 +4,8 @@ import logging
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 
-from genarm import GenarmError, GuidedDecoder, batching, bundled, provision, world
+from genarm import GenarmError, GuidedDecoder, batching, bundled, loading, provision, world
 from genarm.engine import Drawn, Engine
 from genarm.forwards import StaticForward
 from test_decoder import SMALL, byte_tokenizer, make_model
@@ -101,9 +100,9 @@ def test_a_model_whose_rows_depend_on_their_batch_runs_in_the_plain_loop(tokeniz
 
 
 def adapter(base, seed, **options):
-    torch.manual_seed(seed)
-    from genarm import loading
+    from peft import LoraConfig, get_peft_model
 
+    torch.manual_seed(seed)
     config = LoraConfig(**{"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **options})
     return get_peft_model(loading.twin(base), config)
 
@@ -126,8 +125,8 @@ def test_shared_weights_change_no_token(tokenizer, kind, sampling):
     }
     together, apart = (GuidedDecoder(base, tokenizer, arms, share_weights=share) for share in (True, False))
     shared, separate = decode(together, **options), decode(apart, **options)
-    assert [len(one.operands) for one in together._provider._plan()] == [3, 1]
-    assert [len(one.operands) for one in apart._provider._plan()] == [1] * 4
+    assert [len(one.operands) for one in together._provider.passes] == [3, 1]
+    assert [len(one.operands) for one in apart._provider.passes] == [1] * 4
     assert shared.tokens == separate.tokens
     for name in arms:
         for mine, other in zip(shared.rewards[name], separate.rewards[name], strict=True):
@@ -140,7 +139,7 @@ def test_shared_weights_are_read_once(tokenizer):
     base = make_model()
     decoder = GuidedDecoder(base, tokenizer, {"a": adapter(base, 1), "b": adapter(base, 2)})
     rows = []
-    (one,) = decoder._provider._plan()
+    (one,) = decoder._provider.passes
     one.model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
     decoder.generate(["a", "bc"], max_new_tokens=3)
     assert rows == [6, 6, 6]
@@ -155,13 +154,13 @@ def test_adapters_that_are_more_than_low_rank_run_apart(tokenizer, options):
     base = make_model()
     decoder = GuidedDecoder(base, tokenizer, {"a": adapter(base, 1, **options)})
     assert len(decoder.generate("a", max_new_tokens=3).tokens[0]) == 3
-    assert [len(one.operands) for one in decoder._provider._plan()] == [1, 1]
+    assert [len(one.operands) for one in decoder._provider.passes] == [1, 1]
 
 
 def test_an_adapter_of_other_weights_runs_apart(tokenizer):
     base, other = make_model(), make_model(seed=5)
     decoder = GuidedDecoder(base, tokenizer, {"a": adapter(other, 1)})
-    assert [len(one.operands) for one in decoder._provider._plan()] == [1, 1]
+    assert [len(one.operands) for one in decoder._provider.passes] == [1, 1]
 
 
 def test_engines_are_kept_and_grow(tokenizer):
@@ -211,7 +210,7 @@ def test_generate_each_gives_what_generate_gives(decoder):
 def test_memory_decides_how_many_prompts_at_once(decoder, monkeypatch):
     expected = decode(decoder).tokens
     length = max(len(prompt) + limit for prompt, limit in zip(PROMPTS, LIMITS, strict=True))
-    token = sum(one.bytes_per_token() for one in decoder._provider._plan())
+    token = sum(one.bytes_per_token() for one in decoder._provider.passes)
     monkeypatch.setattr(provision, "_free_bytes", lambda device: 4 * length * token)
     decoder._provider._kept = None
     assert decode(decoder).tokens == expected
@@ -328,6 +327,44 @@ def test_memory_is_flat_over_many_prompts(tokenizer):
     assert most - after_100 < 8 * 2**20, (after_100, most)
 
 
+class ReplayedStep:
+    """What a CUDA graph is to the engine: a step with the numbers, rows and window that it was captured with."""
+
+    def __init__(self, engine, n, window):
+        self.engine, self.numbers, self.sizes, self.replays = engine, dict(engine._numbers), (n, window), 0
+        self.values = torch.empty(n, 4 + engine._arms, dtype=torch.int32)
+
+    def replay(self):
+        self.engine._numbers, kept = self.numbers, self.engine._numbers
+        self.values.copy_(self.engine._step(*self.sizes))
+        self.engine._numbers = kept
+        self.replays += 1
+
+
+def test_graphs_are_chosen_by_all_that_they_hold(decoder, monkeypatch):
+    """On a CPU, with steps that are captured as far as the engine can tell."""
+    graphs, begin = [], Engine.__init__
+
+    def capturing(self, *args, **options):
+        begin(self, *args, **options)
+        self._cuda_graph = True
+
+    def capture(self, n, window):
+        graphs.append(ReplayedStep(self, n, window))
+        return graphs[-1], graphs[-1].values
+
+    settings = [{"temperature": 0.0}, {"top_k": 5, "seed": 1}, {"temperature": [0.5 + i / 20 for i in range(21)]}]
+    expected = [decode(decoder, batch_size=4, **one).tokens for one in settings]
+    monkeypatch.setattr(Engine, "__init__", capturing)
+    monkeypatch.setattr(Engine, "_capture", capture)
+    decoder._provider._kept = None
+    for one, tokens in zip(settings * 2, expected * 2, strict=True):
+        assert decode(decoder, batch_size=4, **one).tokens == tokens
+    assert len({id(graph.engine) for graph in graphs}) == 1
+    assert len({(graph.sizes, *graph.numbers.items()) for graph in graphs}) == len(graphs)  # none was captured twice
+    assert sum(graph.replays for graph in graphs) > 10 * len(graphs)
+
+
 @pytest.mark.slow
 def test_compiled_forwards_change_no_token(tokenizer):
     base = make_model("qwen3")
@@ -341,7 +378,7 @@ def test_static_forward_rows_do_not_see_each_other(tokenizer):
     """What lies beyond a row's tokens, other rows' or an earlier row's, has no weight: exactly."""
     model = make_model("mistral")
     provider = GuidedDecoder(model, tokenizer)._provider
-    (one,) = provider._plan()
+    (one,) = provider.passes
     with torch.inference_mode():
         logits = []
         for noise in (0.0, 9.0):
@@ -351,3 +388,101 @@ def test_static_forward_rows_do_not_see_each_other(tokenizer):
             forward.prefill([1], [[[5, 6, 7, 8]]])
             logits.append(forward.step(torch.tensor([9, 9, 9]), 16)[1])
     assert torch.equal(*logits)
+
+
+GPU_SWITCHES = [
+    {"streams": bool(streams), "cuda_graph": bool(graph), "compile": bool(compiled)}
+    for streams, graph, compiled in ((1, 1, 0), (0, 1, 0), (1, 0, 0), (1, 1, 1))
+]
+
+
+@pytest.fixture(scope="module")
+def gpu_models():
+    assert torch.cuda.is_available(), "needs an NVIDIA GPU"
+    return [model.cuda() for model in (endless(make_model("qwen3")), make_model(seed=1), make_model("gpt2", seed=2))]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampling", SAMPLING)
+@pytest.mark.parametrize("switches", GPU_SWITCHES, ids=str)
+def test_streams_graphs_and_compilation_change_no_token(tokenizer, gpu_models, switches, sampling):
+    """Rows retired and admitted on the way, twice, so that graphs are captured and then replayed."""
+    base, *arms = gpu_models
+    named = dict(zip("ab", arms, strict=True))
+    plain = GuidedDecoder(base, tokenizer, named, streams=False, cuda_graph=False)
+    expected = decode(plain, **sampling)
+    other = GuidedDecoder(base, tokenizer, named, **switches)
+    for batch_size in (8, 8, 3):
+        assert decode(other, batch_size=batch_size, **sampling).tokens == expected.tokens
+    captured = [graph for graph in other._provider._kept._graphs.values() if graph is not None]
+    assert bool(captured) == switches["cuda_graph"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampling", SAMPLING)
+def test_shared_weights_on_a_gpu(tokenizer, gpu_models, sampling):
+    pytest.importorskip("peft", reason="adapters need PEFT")
+    base = gpu_models[0]
+    arms = {"a": adapter(base, 1), "c": adapter(base, 2, r=2)}
+    together, apart = (GuidedDecoder(base, tokenizer, arms, share_weights=share) for share in (True, False))
+    options = {"weights": {"a": 1.0, "c": -0.5}, **sampling}
+    assert decode(together, **options).tokens == decode(apart, **options).tokens
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("switches", GPU_SWITCHES[:3], ids=str)
+def test_no_step_waits_for_the_device(tokenizer, gpu_models, switches):
+    """By torch's own watch over synchronisations, and by the profiler's count."""
+    from genarm.benchmark import _waits
+
+    base, arm, _ = gpu_models
+    decoder = GuidedDecoder(base, tokenizer, {"a": arm}, **switches)
+
+    def run(new):
+        return decoder.generate(PROMPTS[:8], max_new_tokens=new, top_p=0.9)
+
+    run(64)
+    run(64)
+    assert _waits(lambda: run(64)) == _waits(lambda: run(32))
+    engine = decoder._provider._kept
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(20):
+            engine.step(8, 256)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_weights_changed_while_a_gpu_is_ahead(tokenizer, gpu_models):
+    def steered(**switches):
+        decoder = GuidedDecoder(gpu_models[0], tokenizer, {"a": gpu_models[1]}, **switches)
+        stream = decoder.stream("How do I", weights={"a": 2.0}, max_new_tokens=40, temperature=0.0)
+        tokens = []
+        for i, event in enumerate(stream):
+            tokens.append(event.token)
+            if i == 20:
+                stream.set_weights({"a": -2.0})
+        return tokens
+
+    assert steered() == steered(streams=False, cuda_graph=False)
+
+
+@pytest.mark.gpu
+def test_memory_of_a_gpu_is_flat_and_short_memory_lowers_the_batch(tokenizer, gpu_models, caplog):
+    decoder = GuidedDecoder(gpu_models[0], tokenizer, {"a": gpu_models[1]})
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(500)]
+    finished = decoder.generate_each(prompts, max_new_tokens=12, batch_size=32)
+    allocated = [torch.cuda.memory_allocated() for _ in finished]
+    assert max(allocated[100:]) <= max(allocated[:100]) + 2**20
+    expected = decode(decoder)
+    begin = Engine.begin
+
+    def hungry(self, slots, rows):
+        torch.empty(len(rows) * torch.cuda.get_device_properties(0).total_memory // 3, dtype=torch.uint8, device="cuda")
+        return begin(self, slots, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "begin", hungry)
+        assert decode(decoder).tokens == expected.tokens
+    assert "out of memory" in caplog.text

@@ -260,6 +260,56 @@ def train(
 
 
 @app.command()
+def bench(
+    base: Annotated[
+        str, typer.Option(metavar="DIR|SHAPE", help="Folder, hub name, or a shape (llama-7b, ...) with random weights.")
+    ] = "llama-271m",
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(metavar="DIR|SHAPE|lora[:R]", help="Likewise, or an adapter of the base. Repeatable."),
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Prompts at once. Repeatable; 1 and 8 if left out.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded; slow loops stop at 64.")] = 256,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Repeatable: transformers, naive, paper, base, genarm; genarm with a switch: no-graph, no-streams, "
+            "neither, separate, compile."
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Of which the median counts.")] = 3,
+    device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "bfloat16",
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the JSON file and the chart.")] = None,
+) -> None:
+    """Tokens/s of guided decoding against what people run today and against the weights' own floor.
+
+    \b
+    Examples:
+      genarm bench --base llama-7b --arm llama-1b --batch 1 --batch 32 --out results
+      genarm bench --base DIR --arm lora:8 --method base --method genarm --method separate
+    """
+    _quiet()
+    from . import benchmark
+
+    benchmark.bench(
+        base,
+        arm or ["llama-58m"],
+        batches=batch or [1, 8],
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        methods=method or benchmark.DEFAULT_METHODS,
+        rounds=rounds,
+        device=device,
+        dtype=dtype,
+        out=out,
+    )
+
+
+@app.command()
 def info() -> None:
     """Versions, devices, backends (and why one is missing), bundled models.
 

@@ -181,6 +181,13 @@ class GuidedDecoder:
         """The ARMs' names, in the order they were given."""
         return tuple(self._arms)
 
+    @property
+    def forward_models(self) -> list[Any]:
+        """The modules whose forwards make up a step: the base, which takes its adapters' rows with it, then each ARM
+        that has a forward of its own.
+        """
+        return [one.model for one in self._provider.passes]
+
     def generate(
         self,
         prompts: str | Sequence[str | Messages] | None = None,

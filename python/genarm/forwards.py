@@ -6,9 +6,13 @@ other model: a batch that begins and ends together, in the caches that the model
 """
 
 import inspect
+import os
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -133,7 +137,7 @@ class StaticForward:
         self.operands = operands
         self.device = torch.device(model.device)
         self._model = model
-        self._step_model = torch.compile(model, dynamic=False) if fuse else model
+        self._step_model = _Compiled(model) if fuse else model
         self._length = length
         self._cache = _SlotCache(shapes, slots * operands, length)
         self._config = unwrapped(model).config.get_text_config()
@@ -214,6 +218,29 @@ class StaticForward:
 
     def _to_device(self, x: Tensor) -> Tensor:
         return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x.to(self.device)
+
+
+class _Compiled:
+    """`torch.compile` of a model's step, for each number of rows and each window anew; its results stay on disk."""
+
+    def __init__(self, model: Any) -> None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genarm" / "inductor"
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))  # torch's own default is cleared at a restart
+        self._name = type(unwrapped(model)).__name__
+        self._model = torch.compile(model, dynamic=False)
+        self._seen: set[tuple[int, int]] = set()
+
+    def __call__(self, *, input_ids: Tensor, attention_mask: Any, **inputs: Any) -> Any:
+        mask = next(iter(attention_mask.values())) if isinstance(attention_mask, dict) else attention_mask
+        sizes = len(input_ids), mask.shape[-1]
+        start = time.perf_counter()
+        if new := sizes not in self._seen:
+            self._seen.add(sizes)
+            print(f"genarm: compiling {self._name} for {sizes[0]} rows ...", end="", file=sys.stderr, flush=True)
+        outputs = self._model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+        if new:
+            print(f" {time.perf_counter() - start:.0f} s", file=sys.stderr)
+        return outputs
 
 
 class PlainForward:

@@ -72,7 +72,7 @@ class Provider:
         Raises:
             GenarmError: memory for not even one of them.
         """
-        passes = self._plan()
+        passes = self.passes
         kept, self._kept = self._kept, None
         window = _WINDOW.get(self._device.type, _WINDOW_ELSEWHERE)
         length = -(-length // window) * window
@@ -126,7 +126,8 @@ class Provider:
             cuda_graph=self._options.cuda_graph,
         )
 
-    def _plan(self) -> list[_Pass]:
+    @property
+    def passes(self) -> list[_Pass]:
         """Decided once: which ARMs share the base's pass, and whether static caches work in every model."""
         if self._passes is not None:
             return self._passes

@@ -1,0 +1,466 @@
+"""Tokens/s of guided decoding, against what people run today and against the machine's own floor: `genarm bench`.
+
+A method decodes the same prompts to T tokens and to one; a step is the difference over T - 1, the time to the first
+token the run of one. The floor of a step is what its weights take to be read once: every weight but input embeddings
+that the head does not share, over the read bandwidth measured in the same run.
+"""
+
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from . import loading, naive
+from .decoder import GuidedDecoder
+from .errors import GenarmError
+
+LLAMA_2 = {"model_type": "llama", "vocab_size": 32000}
+LLAMA_3 = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "rope_theta": 500000.0}
+QWEN_3 = {"model_type": "qwen3", "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}
+
+
+def _sizes(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, int]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-58m": LLAMA_2 | _sizes(512, 1408, 8, 8),
+    "llama-271m": LLAMA_2 | _sizes(1024, 2816, 16, 16),
+    "llama-1b": LLAMA_3 | _sizes(2048, 8192, 16, 32) | {"tie_word_embeddings": True},
+    "llama-7b": LLAMA_2 | _sizes(4096, 11008, 32, 32),
+    "llama-8b": LLAMA_3 | _sizes(4096, 14336, 32, 32),
+    "mistral-7b": LLAMA_2 | _sizes(4096, 14336, 32, 32) | {"num_key_value_heads": 8, "sliding_window": None}
+    | {"model_type": "mistral"},
+    "qwen3-0.6b": QWEN_3 | _sizes(1024, 3072, 28, 16) | {"tie_word_embeddings": True},
+    "qwen3-8b": QWEN_3 | _sizes(4096, 12288, 36, 32),
+    "gpt2": {"model_type": "gpt2"},
+}  # fmt: skip
+"""Models by shape, with random weights; an ARM takes its base's vocabulary."""
+
+METHODS = {
+    "transformers": "generate of the base alone: the price of no guidance",
+    "naive": "generate with a LogitsProcessor that runs the ARMs",
+    "paper": "the paper's own loop, where model_arithmetic is installed; models in folders",
+    "base": "genarm without ARMs",
+    "genarm": "genarm",
+    "no-graph": "genarm, cuda_graph=False",
+    "no-streams": "genarm, streams=False",
+    "neither": "genarm, cuda_graph=False, streams=False",
+    "separate": "genarm, share_weights=False",
+    "compile": "genarm, compile=True",
+}
+DEFAULT_METHODS = ("transformers", "naive", "base", "genarm")
+# Loops that wait for the host at every step run to fewer tokens: their steps cost the same, and take long.
+SLOW, SLOW_TOKENS = ("transformers", "naive", "paper"), 64
+SAMPLING = {"temperature": 0.7, "top_p": 0.9}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One method at one batch size; medians of the rounds."""
+
+    method: str
+    batch: int
+    step_ms: float
+    tokens_per_second: float
+    """Of the steps after the first token, all rows together."""
+    first_token_ms: float
+    percent_of_floor: float
+    """The floor of a step over its time."""
+    memory_gib: float
+    """The device's peak in the method's runs; on a CPU what the process holds after them."""
+    outside_percent: float | None
+    """CPU: of a step, the time outside of the models' forwards."""
+    synchronisations: float | None
+    """GPU: how often the host waits for the device, per token."""
+
+
+def bench(
+    base: str = "llama-271m",
+    arms: Sequence[str] = ("llama-58m",),
+    *,
+    batches: Sequence[int] = (1, 8),
+    prompt_tokens: int = 128,
+    new_tokens: int = 256,
+    methods: Sequence[str] = DEFAULT_METHODS,
+    rounds: int = 3,
+    device: str = "auto",
+    dtype: str = "bfloat16",
+    out: Path | None = None,
+    console: Console | None = None,
+) -> list[Measurement]:
+    """Measures, prints as it goes, and writes `tokens_per_second-BASE+ARM.json` and `.png` into `out`.
+
+    `base` and `arms`: folders, hub names, or shapes of `SHAPES`; an ARM also "lora" or "lora:RANK", an adapter on all
+    linear layers of the base.
+
+    Raises:
+        GenarmError: an unknown method, a model that cannot be loaded, a device that cannot be used.
+    """
+    console = console or Console()
+    for method in methods:
+        if method not in METHODS:
+            raise GenarmError(f"no method is called {method!r}; there are {', '.join(METHODS)}")
+    device = loading.resolve_device(device)
+    bench_ = _Bench(base, arms, device, loading.resolve_dtype(dtype), prompt_tokens, new_tokens, rounds)
+    environment = _environment(device)
+    floor_ms = bench_.floor_bytes / environment["read_gb_s"] / 1e6
+    about = {
+        **environment,
+        "base": base,
+        "arms": list(arms),
+        "dtype": dtype,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "sampling": SAMPLING,
+        "floor_ms": round(floor_ms, 3),
+        "floor_ms_base_alone": round(bench_.floor_bytes_of("base") / environment["read_gb_s"] / 1e6, 3),
+    }
+    console.print(
+        f"{base} guided by {', '.join(arms) or 'nothing'}, {dtype}, {environment['machine']}: weights of "
+        f"{bench_.floor_bytes / 1e9:.2f} GB at {environment['read_gb_s']:.1f} GB/s, a floor of {floor_ms:.2f} ms a step"
+    )
+    results = []
+    for batch in batches:
+        for method in methods:
+            try:
+                found = bench_.measure(method, batch, environment["read_gb_s"])
+            except (GenarmError, ImportError, RuntimeError) as error:
+                console.print(f"{method}, batch {batch}: not measured: {loading.first_line(error)}")
+                continue
+            results.append(found)
+            console.print(f"{method}, batch {batch}: {found.step_ms:.2f} ms a step", style="dim")
+    console.print(_table(results))
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        name = "+".join(Path(one.replace(":", "-")).name for one in (base, *arms))
+        path = out / f"tokens_per_second-{name}.json"
+        path.write_text(json.dumps({**about, "results": [asdict(one) for one in results]}, indent=1) + "\n")
+        console.print(f"{path} written")
+        try:
+            _chart(results, about, path.with_suffix(".png"))
+        except ImportError as error:
+            console.print(f"no chart: {error}")
+    return results
+
+
+class _Bench:
+    """The models, the prompts, and how each method decodes them."""
+
+    def __init__(
+        self, base: str, arms: Sequence[str], device: str, dtype: Any, prompt_tokens: int, new_tokens: int, rounds: int
+    ) -> None:
+        self._sources = (base, *arms)
+        self._device = torch.device(device)
+        self._new_tokens = new_tokens
+        self._rounds = rounds
+        loaded = _load(base, device, dtype)
+        self._base, self._tokenizer = loaded
+        self._base.generation_config.eos_token_id = None  # every run makes all its tokens
+        self._arms = {
+            f"arm{i}": _load_arm(f"arm{i}", source, loaded, device, dtype, seed=i) for i, source in enumerate(arms, 1)
+        }
+        self._prompts = _prompts(self._tokenizer, prompt_tokens)
+
+    @property
+    def floor_bytes(self) -> int:
+        return self.floor_bytes_of("genarm")
+
+    def floor_bytes_of(self, method: str) -> int:
+        """Weights that a step of the method has to read: an adapter's base is read once, unless it runs apart."""
+        seen: dict[int, int] = {}
+        alone = method in ("transformers", "base")
+        for copy, model in enumerate([self._base, *([] if alone else self._arms.values())]):
+            tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+            skipped = set() if tied else {id(x) for x in model.get_input_embeddings().parameters()}
+            for parameter in model.parameters():
+                if id(parameter) not in skipped:
+                    key = id(parameter) + (copy << 64 if method == "separate" else 0)
+                    seen[key] = parameter.nbytes
+        return sum(seen.values())
+
+    def measure(self, method: str, batch: int, read_gb_s: float) -> Measurement:
+        new = min(self._new_tokens, SLOW_TOKENS) if method in SLOW else self._new_tokens
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        with self._run(method, batch) as (run, decoder):
+            run(2)  # compiles, allocates
+            run(new)  # and captures every CUDA graph
+            times = [(self._seconds(run, 1), self._seconds(run, new)) for _ in range(self._rounds)]
+            first = statistics.median(one for one, _ in times)
+            step = statistics.median((all_ - one) / (new - 1) for one, all_ in times)
+            outside = synchronisations = None
+            if decoder is not None and self._device.type == "cpu":
+                outside = _outside(decoder, lambda: run(min(new, 64)))
+            if decoder is not None and self._device.type == "cuda":
+                synchronisations = (_waits(lambda: run(64)) - _waits(lambda: run(32))) / 32
+            memory = torch.cuda.max_memory_allocated() if self._device.type == "cuda" else _resident()
+        return Measurement(
+            method=method,
+            batch=batch,
+            step_ms=round(1e3 * step, 4),
+            tokens_per_second=round(batch / step, 2),
+            first_token_ms=round(1e3 * first, 3),
+            percent_of_floor=round(self.floor_bytes_of(method) / read_gb_s / 1e9 / step * 100, 1),
+            memory_gib=round(memory / 2**30, 2),
+            outside_percent=outside,
+            synchronisations=synchronisations,
+        )
+
+    def _seconds(self, run: Callable[[int], object], new: int) -> float:
+        start = time.perf_counter()
+        run(new)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    @contextmanager
+    def _run(self, method: str, batch: int) -> Iterator[tuple[Callable[[int], object], GuidedDecoder | None]]:
+        """A function that decodes `batch` prompts to so many tokens, and the decoder of ours that it calls."""
+        prompts = [self._prompts[b % len(self._prompts)] for b in range(batch)]
+        if method in ("transformers", "naive"):
+            arms = {} if method == "transformers" else dict.fromkeys(self._arms.values(), 1.0)
+            yield lambda new: naive.generate(self._base, self._tokenizer, prompts, arms, new, top_k=0, **SAMPLING), None
+        elif method == "paper":
+            yield self._paper(prompts), None
+        else:
+            options: dict[str, Any] = {
+                "no-graph": {"cuda_graph": False},
+                "no-streams": {"streams": False},
+                "neither": {"cuda_graph": False, "streams": False},
+                "separate": {"share_weights": False},
+                "compile": {"compile": True},
+            }.get(method, {})
+            own_arms = {} if method == "base" else self._arms
+            decoder = GuidedDecoder(self._base, self._tokenizer, own_arms, **options)
+            weights = dict.fromkeys(own_arms, 1.0)
+            yield (
+                lambda new: decoder.generate(
+                    prompts, weights=weights, max_new_tokens=new, batch_size=batch, temperature=0.7, top_p=0.9
+                ),
+                decoder,
+            )
+
+    def _paper(self, prompts: Sequence[str]) -> Callable[[int], object]:
+        """language-model-arithmetic (Dekoninck et al. 2024), of which the paper's code is a fork: it loads by name."""
+        import inspect
+
+        from model_arithmetic import ModelArithmetic, PromptedLLM
+
+        if not all(Path(source).is_dir() for source in self._sources):
+            raise GenarmError("the paper's loop takes models in folders")
+        llms = [PromptedLLM("", model=name, prompt_template=lambda _, text: text) for name in self._sources]
+        arithmetic = ModelArithmetic(sum(llms[1:], llms[0]), dtype=self._base.dtype)
+        takes = inspect.signature(arithmetic.generate_text).parameters
+        limit = "max_new_tokens" if "max_new_tokens" in takes else "max_length"
+        options = {"batch_size": len(prompts), "do_speculation": False, "top_k": 0, **SAMPLING}
+        return lambda new: arithmetic.generate_text(list(prompts), **{limit: new}, **options)
+
+
+def _load(source: str, device: str, dtype: Any) -> loading.LoadedModel:
+    if source not in SHAPES:
+        return loading.load_base(source, None, device, dtype)
+    model = _random(SHAPES[source], device, dtype, seed=0)
+    # A word a token: as many as the model has, so that prompts of any length can be made.
+    words = {f"w{i}": i for i in range(model.config.vocab_size)}
+    core = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return loading.LoadedModel(model, PreTrainedTokenizerFast(tokenizer_object=core, pad_token="w0"))
+
+
+def _load_arm(name: str, source: str, base: loading.LoadedModel, device: str, dtype: Any, seed: int) -> Any:
+    if source in SHAPES:
+        return _random(SHAPES[source] | {"vocab_size": base.model.config.vocab_size}, device, dtype, seed)
+    kind, _, rank = source.partition(":")
+    if kind != "lora":
+        return loading.load_arm(name, source, base, None, device, dtype).model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise GenarmError(f"{source}: an adapter needs PEFT: {loading.INSTALL_TRAIN}") from error
+    config = LoraConfig(r=int(rank or 8), target_modules="all-linear", init_lora_weights=False)
+    return get_peft_model(loading.twin(base.model), config).eval()
+
+
+def _random(shape: Mapping[str, Any], device: str, dtype: Any, seed: int) -> Any:
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(**{"max_position_embeddings": 4096, **shape})
+    options = {} if dtype == "auto" else {"dtype": dtype}
+    with torch.device(device):  # where random numbers are made fast
+        return AutoModelForCausalLM.from_config(config, **options).eval()
+
+
+def _prompts(tokenizer: Any, length: int) -> list[str]:
+    """Texts of `length` tokens, no two alike."""
+    words = [word for word in tokenizer.get_vocab() if word.isascii() and word.isalnum()]
+    prompts = []
+    for start in range(8):
+        text = " ".join(words[(start * length + i) % len(words)] for i in range(length))
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"][:length]
+        prompts.append(tokenizer.decode(ids))
+    return prompts
+
+
+def _outside(decoder: GuidedDecoder, run: Callable[[], object]) -> float:
+    """Percent of the time of decoding, from the second step on, that no model's forward takes."""
+    spans: list[tuple[float, float]] = []
+    begun = [0.0]
+
+    def before(*_: Any) -> None:
+        begun[0] = time.perf_counter()
+
+    def after(_: Any, args: Any, kwargs: Any, output: Any) -> None:
+        if kwargs["input_ids"].shape[1] == 1:
+            spans.append((begun[0], time.perf_counter()))
+
+    hooks = []
+    models_ = decoder.forward_models
+    for model in models_:
+        hooks += [model.register_forward_pre_hook(before), model.register_forward_hook(after, with_kwargs=True)]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    spans = spans[len(models_) :]
+    # From one step's first forward to the last step's: as many loops as there are forwards.
+    whole = spans[-len(models_)][0] - spans[0][0]
+    inside = sum(end - start for start, end in spans[: -len(models_)])
+    return round(100 * (1 - inside / whole), 2)
+
+
+def _waits(run: Callable[[], object]) -> int:
+    """How often the host waited for the device, as the profiler saw it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        run()
+    calls = "StreamSynchronize", "DeviceSynchronize", "EventSynchronize", "CtxSynchronize", "Memcpy"
+    waiting = {f"{api}{call}" for api in ("cuda", "cu") for call in calls}
+    return sum(event.count for event in profiler.key_averages() if event.key in waiting)
+
+
+def read_bandwidth(device: str, size: int = 1 << 30) -> float:
+    """GB/s of the fastest plain read of so many bytes, with all threads: a sum or a dot product.
+
+    The best of 7, not the median: what other processes took away at that moment would flatter every percentage.
+    """
+    x = torch.ones(size // 4, device=device)
+
+    def seconds(read: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        read()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return x.nbytes / min(seconds(read) for read in (x.sum, lambda: x.dot(x)) for _ in range(7)) / 1e9
+
+
+def _environment(device: str) -> dict[str, Any]:
+    """What a figure means nothing without."""
+    gpu = torch.device(device).type == "cuda"
+    return {
+        "device": torch.device(device).type,
+        "machine": torch.cuda.get_device_name(device) if gpu else f"{cpu_model()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit(),
+        "load_before": round(os.getloadavg()[0], 2),
+        "read_gb_s": round(read_bandwidth(device), 1),
+    }
+
+
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def commit() -> str:
+    """Of the checkout that this file lies in; GENARM_COMMIT where there is no git."""
+    if known := os.environ.get("GENARM_COMMIT"):
+        return known
+    describe = ("git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*")
+    try:
+        git = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return git.stdout.strip()
+
+
+def _resident() -> int:
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
+def _table(results: Sequence[Measurement]) -> Table:
+    table = Table(title="Tokens/s, all rows together", title_justify="left")
+    columns = ["method", "batch", "tokens/s", "ms a step", "% of floor", "first token, ms", "memory, GiB"]
+    columns += ["outside forwards"]
+    for column in columns:
+        table.add_column(column, justify="left" if column == "method" else "right")
+    gpu = any(one.synchronisations is not None for one in results)
+    if gpu:
+        table.add_column("waits a token", justify="right")
+    for one in results:
+        cells = [one.method, str(one.batch), f"{one.tokens_per_second:.1f}", f"{one.step_ms:.2f}"]
+        cells += [f"{one.percent_of_floor:.0f}", f"{one.first_token_ms:.0f}", f"{one.memory_gib:.1f}"]
+        cells.append("" if one.outside_percent is None else f"{one.outside_percent:.1f} %")
+        if gpu:
+            cells.append("" if one.synchronisations is None else f"{one.synchronisations:g}")
+        table.add_row(*cells)
+    return table
+
+
+def _chart(results: Sequence[Measurement], about: Mapping[str, Any], path: Path) -> None:
+    """Bars: tokens/s by method, a panel a batch size, the floor as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display on a server
+    from matplotlib import pyplot as plt
+
+    batches = list(dict.fromkeys(one.batch for one in results))
+    figure, axes = plt.subplots(1, max(1, len(batches)), figsize=(1 + 3.2 * max(1, len(batches)), 3.2), squeeze=False)
+    for axis, batch in zip(axes[0], batches, strict=False):
+        here = [one for one in results if one.batch == batch]
+        names = [one.method for one in here]
+        colours = ["0.6" if one.method in SLOW else "tab:blue" for one in here]
+        axis.bar(names, [one.tokens_per_second for one in here], color=colours)
+        axis.axhline(1e3 * batch / about["floor_ms"], color="black", linestyle=":", linewidth=1)
+        axis.set_title(f"batch {batch}", fontsize=9)
+        axis.tick_params(axis="x", rotation=60, labelsize=8)
+    axes[0][0].set_ylabel("tokens/s")
+    who = f"{about['base']} + {', '.join(about['arms'])}, {about['dtype']}"
+    where = f"{about['machine']}, commit {about['commit']}; dotted: weights / bandwidth"
+    figure.suptitle(f"{who}, {where}", fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
