@@ -6,6 +6,8 @@
 #   tests      the tests marked `gpu`, then the contract tests on the GPU's backends
 #   sanitizer  compute-sanitizer: memcheck, racecheck, initcheck, synccheck on small shapes
 #   kernels    bench/gpu_kernels.py: time of a step, cold and warm, against baselines and the copy bandwidth
+#   decoding   bench/tokens_per_second.py: tokens/s of 7B + 7B, 7B + LoRA, 7B + 1B and 8B + 1B shapes, each switch apart
+#   batches    the same at batches 8 and 128, and with compiled forwards; not among the default stages
 #   tune       the same kernels at other shapes of launch; not among the default stages
 # A log of each and the JSON files go to OUT (default bench/results/<device>); a short table is printed last.
 # PYTHON (python3), GENARM_COMMIT (where there is no git) and KERNELS_ARGS (--quick) may be set.
@@ -50,9 +52,31 @@ stage_sanitizer() {
 
 stage_kernels() { $PYTHON -m bench.gpu_kernels --out "$OUT" ${KERNELS_ARGS:-}; }
 
+tokens() { $PYTHON -m bench.tokens_per_second --device cuda --rounds 2 --out "$OUT" "$@"; }
+
+methods() { printf -- '--method %s ' "$@"; }
+
+# LoRA ARMs need PEFT and accelerate.
+stage_decoding() {
+  local failed=0 batches='--batch 1 --batch 32' all
+  all=$(methods transformers naive base genarm no-graph no-streams neither)
+  tokens --base llama-7b --arm llama-7b --batch 1 $all || failed=1
+  tokens --base llama-7b --arm lora:8 $batches $(methods base genarm separate) || failed=1
+  tokens --base llama-7b --arm llama-1b --batch 1 $(methods transformers genarm) || failed=1
+  tokens --base llama-8b --arm llama-1b $batches $(methods base genarm no-graph no-streams) || failed=1
+  return $failed
+}
+
+stage_batches() {
+  local failed=0 OUT=$OUT/batches
+  tokens --base llama-8b --arm llama-1b --batch 8 --batch 128 $(methods naive genarm) || failed=1
+  OUT=${OUT%batches}compiled tokens --base llama-8b --arm llama-1b --batch 1 $(methods genarm compile) || failed=1
+  return $failed
+}
+
 stage_tune() { $PYTHON -m bench.gpu_kernels --out "$OUT" --tune; }
 
-[ $# -gt 0 ] || set -- build tests sanitizer kernels
+[ $# -gt 0 ] || set -- build tests sanitizer kernels decoding
 summary="" failed=0
 for stage in "$@"; do
   declare -F "stage_$stage" >/dev/null || { echo "no stage $stage; see the head of $0" >&2; exit 2; }
