@@ -36,7 +36,7 @@ def decoder():
 def begun(decoder, batch):
     """An engine with `batch` rows that have begun."""
     engine, _ = decoder._provider.take(batch, _LENGTH, batch)
-    engine.set_numbers(_PARAMETERS)
+    engine.reset(_PARAMETERS)
     prompts = [decoder.tokenizer(text)["input_ids"] for text in world.sample_prompts(batch, seed=1)]
     rows = [Begin([ids, ids], 0, _LENGTH - len(ids), b, [1.0], _PARAMETERS) for b, ids in enumerate(prompts)]
     return engine, rows, engine.begin(range(batch), rows)

@@ -140,10 +140,11 @@ def test_shared_weights_are_read_once(tokenizer):
     decoder = GuidedDecoder(base, tokenizer, {"a": adapter(base, 1), "b": adapter(base, 2)})
     rows = []
     (one,) = decoder._provider.passes
-    one.model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    for model in one.modules:
+        model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
     decoder.generate(["a", "bc"], max_new_tokens=3)
     assert rows == [6, 6, 6]
-    assert one.model.lm_head.weight is base.lm_head.weight
+    assert all(model.lm_head.weight is base.lm_head.weight for model in one.modules)
 
 
 @pytest.mark.parametrize(
@@ -155,6 +156,25 @@ def test_adapters_that_are_more_than_low_rank_run_apart(tokenizer, options):
     decoder = GuidedDecoder(base, tokenizer, {"a": adapter(base, 1, **options)})
     assert len(decoder.generate("a", max_new_tokens=3).tokens[0]) == 3
     assert [len(one.operands) for one in decoder._provider.passes] == [1, 1]
+
+
+def test_layers_that_see_rows_in_another_shape_run_apart(tokenizer):
+    """OPT flattens rows and tokens before its linear layers: rows of an operand cannot be told from them."""
+    base = endless(make_model("opt"))
+    arms = {"a": adapter(base, 1, target_modules=["fc1", "fc2"]), "c": adapter(base, 2, target_modules=["q_proj"])}
+    for name, passes in (("a", [1, 1]), ("c", [2])):
+        decoder = GuidedDecoder(base, tokenizer, {name: arms[name]})
+        decode(decoder, weights={name: 1.0})
+        assert [len(one.operands) for one in decoder._provider.passes] == passes
+
+
+def test_local_attention_runs_in_the_plain_loop(tokenizer, caplog):
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SMALL, "gpt_neo", sizes)
+        decoder = GuidedDecoder(make_model("gpt_neo"), tokenizer)
+    decoder.generate("a", max_new_tokens=2)
+    assert "local attention" in caplog.text
 
 
 def test_an_adapter_of_other_weights_runs_apart(tokenizer):
@@ -252,11 +272,12 @@ def test_out_of_memory_lowers_the_batch(decoder, monkeypatch, caplog, where):
 @pytest.fixture
 def late(monkeypatch):
     """The host behind the device, as on a GPU: a step's tokens are there when asked for the third time."""
-    asked = {}
+    asked, in_flight = {}, []
 
     def ready(self):
-        asked[id(self.values)] = asked.get(id(self.values), 0) + 1
-        return asked[id(self.values)] > 2
+        _, times = asked.get(id(self.values), (None, 0))
+        asked[id(self.values)] = self.values, times + 1  # with the tensor, lest another get its id
+        return times >= 2
 
     begin = batching.Run.__init__
 
@@ -264,18 +285,24 @@ def late(monkeypatch):
         begin(self, *args)
         self._ahead = 4
 
+    def step(self):
+        original(self)
+        in_flight.append(len(self._flights))
+
+    original = batching.Run._step
     monkeypatch.setattr(Drawn, "ready", ready)
     monkeypatch.setattr(batching.Run, "__init__", ahead)
-    return asked
+    monkeypatch.setattr(batching.Run, "_step", step)
+    return in_flight
 
 
 @pytest.mark.parametrize("sampling", SAMPLING)
 def test_a_host_that_is_behind_changes_no_token(decoder, sampling, request):
     options = {"batch_size": 4, "stop": ["q", "?"], **sampling}
     expected = decode(decoder, **options)
-    asked = request.getfixturevalue("late")
+    in_flight = request.getfixturevalue("late")
     result = decode(decoder, **options)
-    assert asked
+    assert max(in_flight) == 5 and sum(in_flight) > 4 * len(in_flight)
     assert (result.tokens, result.texts, result.finish_reasons) == (
         expected.tokens, expected.texts, expected.finish_reasons,
     )  # fmt: skip
@@ -302,8 +329,9 @@ def test_weights_changed_while_the_host_is_behind(decoder, request):
         return tokens
 
     expected = steered()
-    request.getfixturevalue("late")
+    in_flight = request.getfixturevalue("late")
     assert steered() == expected
+    assert max(in_flight) > 1
 
 
 def test_memory_is_flat_over_many_prompts(tokenizer):
@@ -347,7 +375,7 @@ def test_graphs_are_chosen_by_all_that_they_hold(decoder, monkeypatch):
 
     def capturing(self, *args, **options):
         begin(self, *args, **options)
-        self._cuda_graph = True
+        self.cuda_graph = True
 
     def capture(self, n, window):
         graphs.append(ReplayedStep(self, n, window))
@@ -381,13 +409,27 @@ def test_static_forward_rows_do_not_see_each_other(tokenizer):
     (one,) = provider.passes
     with torch.inference_mode():
         logits = []
-        for noise in (0.0, 9.0):
-            forward = StaticForward(model, one.shapes, slots=3, length=32)
+        for noise in (0.0, 9.0, float("nan")):
+            forward = StaticForward(one.models, one.shapes, slots=3, length=32)
             for layer in forward._cache.layers:
                 layer.keys.fill_(noise), layer.values.fill_(noise)
             forward.prefill([1], [[[5, 6, 7, 8]]])
-            logits.append(forward.step(torch.tensor([9, 9, 9]), 16)[1])
-    assert torch.equal(*logits)
+            logits.append(forward.step(torch.tensor([9, 9, 9]), torch.tensor([False, True, False]), 16)[1])
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+
+
+def test_a_row_that_has_ended_stays_within_the_window_and_the_position_table(tokenizer):
+    """What it has reached may lie beyond what the others have left; it is computed with them, and must be finite."""
+    for kind in ("gpt2", "gemma2"):
+        provider = GuidedDecoder(make_model(kind, max_position_embeddings=40), tokenizer)._provider
+        (one,) = provider.passes
+        with torch.inference_mode():
+            forward = StaticForward(one.models, one.shapes, slots=2, length=64)
+            forward.prefill([0, 1], [[[5] * 40], [[6, 7]]])
+            logits = forward.step(torch.tensor([9, 9]), torch.tensor([False, True]), 16)
+            forward.advance(torch.tensor([False, True]))
+        assert logits.isfinite().all() and forward.lengths.flatten().tolist() == [40, 3]
+        assert all(layer.keys.isfinite().all() for layer in forward._cache.layers)
 
 
 GPU_SWITCHES = [

@@ -104,7 +104,8 @@ class Run:
         self._ahead = _AHEAD if engine.device_type == "cuda" else 0
         values = [row.parameters for row in rows]
         shared = [name for name in (values[0] if values else ()) if len({one[name] for one in values}) == 1]
-        engine.set_numbers({name: values[0][name] for name in shared})
+        self._alone = len(rows) == 1
+        engine.reset({name: values[0][name] for name in shared})
 
     def __iter__(self) -> Iterator[list[Row]]:
         """The rows that have got a token, step after step, until every row has finished."""
@@ -130,9 +131,9 @@ class Run:
 
     def _is_due(self) -> bool:
         """Whether the oldest flight is to be read now."""
-        if self._flights[0].drawn.ready():
-            return True
-        if len(self._flights) <= self._ahead and (self._may_begin() or self._may_step()):
+        # At a fixed distance, lest what is batched with what, and so the last bits, depend on how fast the host is.
+        early = self._alone and self._flights[0].drawn.ready()
+        if not early and len(self._flights) <= self._ahead and (self._may_begin() or self._may_step()):
             return False
         while not self._flights[0].drawn.ready():
             time.sleep(2e-5)  # not a synchronisation: other threads run, the device goes on
@@ -147,6 +148,7 @@ class Run:
 
     def _begin(self) -> None:
         slots = [slot for slot in range(self._usable) if self._slots[slot] is None]
+        slots = slots[: self._usable - sum(row is not None for row in self._slots)]
         rows = self._next_rows(len(slots))
         slots = slots[: len(rows)]
         try:
@@ -178,15 +180,16 @@ class Run:
         try:
             drawn = self._engine.step(n, self._in_windows(max(row.length for row in self._slots if row is not None)))
         except torch.OutOfMemoryError as error:
+            # Some forwards may have gone further than others: all rows begin again, half of them at a time.
             occupied = [slot for slot, row in enumerate(self._slots) if row is not None]
-            self._lower_batch(len(occupied) - max(1, len(occupied) // 8), error)
-            for slot in reversed(occupied[self._usable :]):
+            for slot in reversed(occupied):
                 self._again(slot)
+            self._lower_batch(len(occupied) // 2, error)
             return
         rows = self._slots[:n]
         for row in rows:
             if row is not None:
-                row.queued += 1
+                row.queued = min(row.queued + 1, row.limit)
         self._flights.append(_Flight(rows, drawn))
 
     def _read(self) -> list[Row]:

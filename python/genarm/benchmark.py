@@ -81,6 +81,7 @@ class Measurement:
 
     method: str
     batch: int
+    new_tokens: int
     step_ms: float
     tokens_per_second: float
     """Of the steps after the first token, all rows together."""
@@ -145,7 +146,7 @@ def bench(
         for method in methods:
             try:
                 found = bench_.measure(method, batch, environment["read_gb_s"])
-            except (GenarmError, ImportError, RuntimeError) as error:
+            except Exception as error:  # other people's loops raise what they like; the rest is measured
                 console.print(f"{method}, batch {batch}: not measured: {loading.first_line(error)}")
                 continue
             results.append(found)
@@ -176,6 +177,8 @@ class _Bench:
         self._rounds = rounds
         loaded = _load(base, device, dtype)
         self._base, self._tokenizer = loaded
+        if self._tokenizer.pad_token is None:  # generate pads
+            self._tokenizer.pad_token = self._tokenizer.eos_token
         self._base.generation_config.eos_token_id = None  # every run makes all its tokens
         self._arms = {
             f"arm{i}": _load_arm(f"arm{i}", source, loaded, device, dtype, seed=i) for i, source in enumerate(arms, 1)
@@ -204,7 +207,7 @@ class _Bench:
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats(self._device)
         with self._run(method, batch) as (run, decoder):
             run(2)  # compiles, allocates
             run(new)  # and captures every CUDA graph
@@ -213,13 +216,14 @@ class _Bench:
             step = statistics.median((all_ - one) / (new - 1) for one, all_ in times)
             outside = synchronisations = None
             if decoder is not None and self._device.type == "cpu" and method != "compile":
-                outside = _outside(decoder, lambda: run(min(new, 64)))
+                outside = _outside(decoder, lambda: run(max(8, min(new, 64))))
             if decoder is not None and self._device.type == "cuda":
                 synchronisations = (_waits(lambda: run(64)) - _waits(lambda: run(32))) / 32
-            memory = torch.cuda.max_memory_allocated() if self._device.type == "cuda" else _resident()
+            memory = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else _resident()
         return Measurement(
             method=method,
             batch=batch,
+            new_tokens=new,
             step_ms=round(1e3 * step, 4),
             tokens_per_second=round(batch / step, 2),
             first_token_ms=round(1e3 * first, 3),
@@ -233,7 +237,7 @@ class _Bench:
         start = time.perf_counter()
         run(new)
         if self._device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)
         return time.perf_counter() - start
 
     @contextmanager
@@ -241,7 +245,7 @@ class _Bench:
         """A function that decodes `batch` prompts to so many tokens, and the decoder of ours that it calls."""
         prompts = [self._prompts[b % len(self._prompts)] for b in range(batch)]
         if method in ("transformers", "naive"):
-            arms = {} if method == "transformers" else dict.fromkeys(self._arms.values(), 1.0)
+            arms = None if method == "transformers" else dict.fromkeys(self._arms.values(), 1.0)
             yield lambda new: naive.generate(self._base, self._tokenizer, prompts, arms, new, top_k=0, **SAMPLING), None
         elif method == "paper":
             yield self._paper(prompts), None
@@ -369,12 +373,15 @@ def read_bandwidth(device: str, size: int = 1 << 30) -> float:
     """
     x = torch.ones(size // 4, device=device)
 
+    reads = 20 if torch.device(device).type == "cuda" else 1  # a GPU's read is over before its launch is paid for
+
     def seconds(read: Callable[[], Any]) -> float:
         start = time.perf_counter()
-        read()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+        for _ in range(reads):
+            read()
+        if reads > 1:
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - start) / reads
 
     return x.nbytes / min(seconds(read) for read in (x.sum, lambda: x.dot(x)) for _ in range(7)) / 1e9
 

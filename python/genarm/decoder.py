@@ -186,7 +186,7 @@ class GuidedDecoder:
         """The modules whose forwards make up a step: the base, which takes its adapters' rows with it, then each ARM
         that has a forward of its own.
         """
-        return [one.model for one in self._provider.passes]
+        return [one.modules[-1] for one in self._provider.passes]
 
     def generate(
         self,

@@ -96,7 +96,9 @@ class Engine:
         self._backend = backend
         self._device = device
         self._streams = streams
-        self._cuda_graph = cuda_graph and device.type == "cuda" and {x.device for x in forwards} == {device}
+        one_device = {x.device for x in forwards} == {device}
+        self.cuda_graph = cuda_graph and refill and device.type == "cuda" and one_device
+        self._capture_stream = torch.cuda.Stream(device) if self.cuda_graph else None
         with torch.inference_mode():
             self._eos = torch.tensor(sorted(eos), dtype=torch.int64, device=device)
             self._tokens = torch.zeros(slots, dtype=torch.int64, device=device)
@@ -114,11 +116,16 @@ class Engine:
     def device_type(self) -> str:
         return self._device.type
 
-    def set_numbers(self, numbers: Mapping[str, float]) -> None:
-        """Parameters of `guided_step` that all rows share from now on: a backend leaves whole passes out for a number
-        that asks for nothing.
+    def reset(self, numbers: Mapping[str, float]) -> None:
+        """Ends all rows. `numbers`: parameters of `guided_step` that all rows to come share, for which a backend leaves
+        whole passes out where they ask for nothing; in CUDA graphs, one for each set of them, only those that do.
         """
-        self._numbers = dict(numbers)
+        off = {"top_k": 0, "top_p": 1, "min_p": 0}
+        self._numbers = {
+            name: value for name, value in numbers.items() if not self.cuda_graph or value == off.get(name)
+        }
+        with self._context():
+            self._live.fill_(False)
 
     def begin(self, slots: Sequence[int], rows: Sequence[Begin]) -> Drawn:
         """Puts rows into slots and draws the next token of each. Their operands' prompts go through one pass each."""
@@ -137,17 +144,17 @@ class Engine:
     def step(self, n: int, window: int) -> Drawn:
         """Draws the next token of the first n slots; no live row is longer than `window` tokens with its last one."""
         with self._context():
-            if not self._cuda_graph:
+            if not self.cuda_graph:
                 return self._send(self._step(n, window))
             key = (n, window, tuple(sorted(self._numbers.items())))
             if key not in self._graphs:
-                self._graphs[key] = None  # the first time everything compiles, loads and allocates
+                drawn = self._send(self._step(n, window))
+                self._graphs[key] = None  # compiled, loaded and allocated: it can be captured the next time
+                return drawn
+            captured = self._graphs[key] or self._capture(n, window)
+            if captured is None:
                 return self._send(self._step(n, window))
-            if (captured := self._graphs[key]) is None:
-                captured = self._capture(n, window)
-                if captured is None:
-                    return self._send(self._step(n, window))
-                self._graphs[key] = captured
+            self._graphs[key] = captured
             graph, values = captured
             graph.replay()
             return self._send(values)
@@ -168,10 +175,12 @@ class Engine:
 
     def _step(self, n: int, window: int) -> Tensor:
         tokens, live = self._tokens[:n], self._live[:n]
-        logits = self._run([partial(x.step, tokens, window) for x in self._forwards])
+        before = live.clone()
+        logits = self._run([partial(x.step, tokens, live, window) for x in self._forwards])
+        values = self._draw(logits, slice(n))
         for forward in self._forwards:
-            forward.advance(live)
-        return self._draw(logits, slice(n))
+            forward.advance(before)
+        return values
 
     def _draw(self, logits: list[Tensor], at: Any) -> Tensor:
         """int32 `[n, 4 + N]`: the fields of `Drawn`, the floats by their bits."""
@@ -204,19 +213,27 @@ class Engine:
         return run_concurrently(*calls) if self._streams else [call() for call in calls]
 
     def _capture(self, n: int, window: int) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
-        graph = torch.cuda.CUDAGraph()
+        """A step as a graph; None, from here on, where a model waits for the device or cannot be captured."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+        graph, stream, watch = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.get_sync_debug_mode()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            # Forwards alone: they change nothing that counts. A wait inside a capture would leave torch unusable.
+            torch.cuda.set_sync_debug_mode("error")
+            self._run([partial(x.step, self._tokens[:n], self._live[:n], window) for x in self._forwards])
+            torch.cuda.set_sync_debug_mode(watch)
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._capture_stream):
                 values = self._step(n, window)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             _LOGGER.warning("decoding without CUDA graphs, which a model cannot be captured in: %s", reason)
-            self._cuda_graph = False
+            self.cuda_graph = False
             return None
+        finally:
+            torch.cuda.set_sync_debug_mode(watch)
+            torch.cuda.set_stream(stream)
         return graph, values
 
     def _send(self, values: Tensor) -> Drawn:

@@ -9,8 +9,7 @@ import inspect
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,10 +38,10 @@ class Forward(Protocol):
     def prefill(self, slots: Sequence[int], prompts: Prompts) -> Tensor:
         """Puts prompts into slots; logits `[n, operands, V]` of the token after each."""
 
-    def step(self, tokens: Tensor, window: int) -> Tensor:
+    def step(self, tokens: Tensor, live: Tensor, window: int) -> Tensor:
         """Logits `[n, operands, V]` after `tokens` `[n]` int64, one for each of the first n slots.
 
-        No row may be longer than `window` afterwards.
+        No row that is live `[n]` bool may be longer than `window` afterwards; of the others nothing is kept.
         """
 
     def advance(self, live: Tensor) -> None:
@@ -111,6 +110,12 @@ class _SlotCache(Cache):
         self._index: Tensor
         self._rows = self._window = 0
 
+    def clear(self, rows: Tensor) -> None:
+        """Takes out what earlier rows have left, which may be NaN."""
+        for layer in self.layers:
+            for stored in (layer.keys, layer.values):
+                stored.index_fill_(0, rows.to(stored.device), 0)
+
     def begin(self, index: Tensor, rows: int, window: int) -> None:
         """The next forward writes at `index` `[rows * T]` of the flattened rows, and attends to the first `window`
         tokens of each row; to nothing but itself where `window` is 0.
@@ -132,18 +137,16 @@ class StaticForward:
     """
 
     def __init__(
-        self, model: Any, shapes: Sequence[LayerShape], slots: int, length: int, operands: int = 1, fuse: bool = False
+        self, models: "StaticModels", shapes: Sequence[LayerShape], slots: int, length: int, operands: int = 1
     ) -> None:
         self.operands = operands
-        self.device = torch.device(model.device)
-        self._model = model
-        self._step_model = _Compiled(model) if fuse else model
+        self.device = models.device
+        self._models = models
         self._length = length
         self._cache = _SlotCache(shapes, slots * operands, length)
-        self._config = unwrapped(model).config.get_text_config()
         self._windows = {shape.window for shape in shapes}
         self._dtype = shapes[0].dtype
-        self._options = _logits_of_last(model)
+        self._options = _logits_of_last(models.prefill)
         self.lengths = torch.zeros(slots, operands, dtype=torch.int64, device=self.device)
         self._starts = torch.arange(slots * operands, device=self.device) * length
         self._columns = torch.arange(length, device=self.device)
@@ -160,33 +163,33 @@ class StaticForward:
         where = torch.tensor([slot * self.operands + i for slot in slots for i in range(self.operands)])
         # Around the width: padding goes behind the prompt, where no query looks until a token has taken its place.
         index = (where * self._length)[:, None] + (columns - padding) % width
+        self._cache.clear(self._to_device(where))
         self._cache.begin(self._to_device(index.flatten()), len(rows), 0)
-        with _contiguous_head(self._model):
-            outputs = self._model(
-                input_ids=self._to_device(ids),
-                position_ids=self._to_device((columns - padding).clamp_min(0)),
-                attention_mask=None if mask.all() else self._to_device(mask.long()),
-                past_key_values=self._cache,
-                use_cache=True,
-                **self._options,
-            )
+        outputs = self._models.prefill(
+            input_ids=self._to_device(ids),
+            position_ids=self._to_device((columns - padding).clamp_min(0)),
+            attention_mask=None if mask.all() else self._to_device(mask.long()),
+            past_key_values=self._cache,
+            use_cache=True,
+            **self._options,
+        )
         at = self._to_device(torch.tensor(slots))
         self.lengths[at] = self._to_device(lengths.view(-1, self.operands))
         return self._by_operand(outputs.logits)
 
-    def step(self, tokens: Tensor, window: int) -> Tensor:
-        lengths = self.lengths[: len(tokens)].flatten()
+    def step(self, tokens: Tensor, live: Tensor, window: int) -> Tensor:
+        # A row that has ended takes its first place: its last may lie behind the window, or off a position table.
+        lengths = torch.where(live.to(self.device)[:, None], self.lengths[: len(tokens)], 0).flatten()
         rows = len(lengths)
         self._cache.begin(self._starts[:rows] + lengths, rows, window)
-        with _decode_attention(self._config):
-            outputs = self._step_model(
-                input_ids=tokens.to(self.device)[:, None].expand(-1, self.operands).reshape(rows, 1),
-                position_ids=lengths[:, None],
-                attention_mask=self._mask(lengths, window),
-                past_key_values=self._cache,
-                use_cache=True,
-                **self._options,
-            )
+        outputs = self._models.step(
+            input_ids=tokens.to(self.device)[:, None].expand(-1, self.operands).reshape(rows, 1),
+            position_ids=lengths[:, None],
+            attention_mask=self._mask(lengths, window),
+            past_key_values=self._cache,
+            use_cache=True,
+            **self._options,
+        )
         return self._by_operand(outputs.logits)
 
     def advance(self, live: Tensor) -> None:
@@ -220,6 +223,22 @@ class StaticForward:
         return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x.to(self.device)
 
 
+class StaticModels:
+    """A model as `StaticForward` calls it. Both are twins over the model's own weights, which stays as it is."""
+
+    def __init__(self, model: Any, fuse: bool = False) -> None:
+        self.device = torch.device(model.device)
+        self.prefill = loading.twin(model)
+        if head := self.prefill.get_output_embeddings():
+            # On a CPU torch copies the head's weights, a row at a time, for strided states: the last column of many.
+            head.register_forward_pre_hook(lambda _, args: tuple(x.contiguous() for x in args))
+        self.one_token = loading.twin(model)
+        config = unwrapped(self.one_token).config.get_text_config()
+        if config._attn_implementation != "eager":  # in which some models do more
+            config._attn_implementation = "genarm_decode"
+        self.step = _Compiled(self.one_token) if fuse else self.one_token
+
+
 class _Compiled:
     """`torch.compile` of a model's step, for each number of rows and each window anew; its results stay on disk."""
 
@@ -237,7 +256,8 @@ class _Compiled:
         if new := sizes not in self._seen:
             self._seen.add(sizes)
             print(f"genarm: compiling {self._name} for {sizes[0]} rows ...", end="", file=sys.stderr, flush=True)
-        outputs = self._model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+        with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096):
+            outputs = self._model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
         if new:
             print(f" {time.perf_counter() - start:.0f} s", file=sys.stderr)
         return outputs
@@ -273,7 +293,7 @@ class PlainForward:
         self._cache = None
         return self._forward(torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in rows]).to(self.device))
 
-    def step(self, tokens: Tensor, window: int) -> Tensor:
+    def step(self, tokens: Tensor, live: Tensor, window: int) -> Tensor:
         if self._mask is not None:
             self._mask = F.pad(self._mask, (0, 1), value=1)
         self._positions = self._positions[:, -1:] + 1
@@ -312,31 +332,51 @@ def static_shapes(model: Any) -> list[LayerShape] | str:
     if lacks:
         return f"its forward takes no {' nor '.join(sorted(lacks))}"
     config = bare.config.get_text_config()
-    kinds, sliding = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-    if kinds is None:
-        kinds = ["sliding_attention" if sliding else "full_attention"] * config.num_hidden_layers
-    if other := set(kinds) - {"full_attention", "sliding_attention"}:
-        return f"it has layers of kind {', '.join(sorted(other))}"
-    ids = torch.arange(2, 7, device=model.device)[None] % loading.embeddings(model)
+    if "local" in getattr(config, "attention_layers", ()):
+        return "its local attention counts from the end of what it is given"
+    tokens = list(range(2, 7))
     try:
+        kinds, sliding = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+        if kinds is None:
+            kinds = ["sliding_attention" if sliding else "full_attention"] * config.num_hidden_layers
+        if other := set(kinds) - {"full_attention", "sliding_attention"}:
+            return f"it has layers of kind {', '.join(sorted(other))}"
         seen = _Shapes()
-        expected = model(input_ids=ids, past_key_values=seen, use_cache=True).logits[0, -1].float()
+        model(input_ids=_ids(model, tokens), past_key_values=seen, use_cache=True)
         windows = [None if kind == "full_attention" else sliding for kind in kinds]
         shapes = [LayerShape(*shape, window) for shape, window in zip(seen.shapes, windows, strict=True)]
-        forward = StaticForward(model, shapes, slots=3, length=8)
-        row = ids[0].tolist()
-        forward.prefill([2, 1], [[row[:1]], [row[:3]]])  # the second of them goes on to all of `ids`
-        logits = expected
-        for token in row[3:]:
-            tokens = torch.full((3,), token, device=model.device)
-            logits = forward.step(tokens, window=8)[1, 0].float()
-            forward.advance(torch.ones(3, dtype=torch.bool))
+        wrong = differs(StaticModels(model), shapes, [model])
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a model does with a cache that it has not seen before
         return f"static caches fail in it: {type(error).__name__}: {loading.first_line(error)}"
-    difference = (logits - expected).norm() / (expected - expected.mean()).norm()
-    return shapes if difference < 0.1 else "its logits differ with static caches"
+    return "its logits differ with static caches" if wrong else shapes
+
+
+@torch.inference_mode()
+def differs(models: StaticModels, shapes: Sequence[LayerShape], alone: Sequence[Any]) -> bool:
+    """Whether static caches change the logits that each of the operands' models gives `alone`, by more than rounding
+    does: for prompts of different lengths, and a token later.
+    """
+    rows = [[2 + i + j for j in range(3 + i)] for i in range(len(alone))]
+    forward = StaticForward(models, shapes, slots=3, length=16, operands=len(alone))
+    last = 2 + len(alone)
+    vocabulary = min(map(loading.embeddings, alone))
+    rows, last = [[token % vocabulary for token in row] for row in rows], last % vocabulary
+    first = forward.prefill([2, 1], [[row[:1] for row in rows], rows])[1]
+    live = torch.tensor([False, True, True], device=models.device)
+    tokens = torch.full((3,), last, device=models.device)
+    second = forward.step(tokens, live, window=16)[1]
+    for logits, fed in ((first, rows), (second, [[*row, last] for row in rows])):
+        for one, model, ids in zip(logits, alone, fed, strict=True):
+            expected = model(input_ids=_ids(model, ids), use_cache=False).logits[0, -1].float()
+            if not (one.float() - expected).norm() <= 0.1 * (expected - expected.mean()).norm():
+                return True
+    return False
+
+
+def _ids(model: Any, tokens: Sequence[int]) -> Tensor:
+    return torch.tensor([tokens], device=model.device) % loading.embeddings(model)
 
 
 def unwrapped(model: Any) -> Any:
@@ -365,18 +405,6 @@ def _logits_of_last(model: Any) -> dict[str, int]:
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters else {}
 
 
-@contextmanager
-def _contiguous_head(model: Any) -> Iterator[None]:
-    """On a CPU torch copies the head's weights, a row at a time, for strided hidden states: the last column of many."""
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, args: tuple(x.contiguous() for x in args)) if head else None
-    try:
-        yield
-    finally:
-        if hook:
-            hook.remove()
-
-
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
@@ -391,17 +419,3 @@ def _attend(
 
 
 AttentionInterface.register("genarm_decode", _attend)
-
-
-@contextmanager
-def _decode_attention(config: Any) -> Iterator[None]:
-    """`_attend` in the place of the implementations it equals. "eager" stays: some models do more there."""
-    own = config._attn_implementation
-    if own == "eager":
-        yield
-        return
-    config._attn_implementation = "genarm_decode"
-    try:
-        yield
-    finally:
-        config._attn_implementation = own

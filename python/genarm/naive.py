@@ -41,14 +41,22 @@ class NaiveGuidance(LogitsProcessor):
 
 
 def generate(
-    base: Any, tokenizer: Any, prompts: Sequence[str], arms: Mapping[Any, float], max_new_tokens: int, **sampling: Any
+    base: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    arms: Mapping[Any, float] | None,
+    max_new_tokens: int,
+    **sampling: Any,
 ) -> Tensor:
-    """Continuations `[B, T]` of the prompts; `arms` maps each ARM to its weight, `sampling` goes to `base.generate`."""
+    """Continuations `[B, T]` of the prompts; `arms` maps each ARM to its weight, `sampling` goes to `base.generate`.
+
+    None in place of ARMs leaves the processor out: transformers' own decoding of the base.
+    """
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(base.device)
-    guidance = NaiveGuidance(list(arms), list(arms.values()), inputs["attention_mask"])
+    guidance = [NaiveGuidance(list(arms), list(arms.values()), inputs["attention_mask"])] if arms is not None else []
     sequences = base.generate(
         **inputs,
-        logits_processor=LogitsProcessorList([guidance]),
+        logits_processor=LogitsProcessorList(guidance),
         max_new_tokens=max_new_tokens,
         do_sample=True,
         **sampling,

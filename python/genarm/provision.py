@@ -11,7 +11,7 @@ import torch
 from . import shared
 from .engine import Engine, Operand
 from .errors import GenarmError
-from .forwards import LayerShape, PlainForward, StaticForward, static_shapes
+from .forwards import LayerShape, PlainForward, StaticForward, StaticModels, differs, static_shapes
 
 _LOGGER = logging.getLogger("genarm")
 
@@ -37,17 +37,21 @@ class Options:
 
 
 @dataclass(frozen=True)
-class _Pass:
-    """A forward pass: its model, whose logits it gives (0: the base's), and the shapes of static caches, if it can have
+class Pass:
+    """A forward pass: whose logits it gives (0: the base's), and its model, with the shapes of static caches if it has
     them.
     """
 
-    model: Any
     operands: list[int]
-    shapes: list[LayerShape] | str
+    models: Any
+    shapes: list[LayerShape]
+
+    @property
+    def modules(self) -> list[Any]:
+        """The one that runs at a step, last."""
+        return [self.models.prefill, self.models.one_token] if isinstance(self.models, StaticModels) else [self.models]
 
     def bytes_per_token(self) -> int:
-        assert not isinstance(self.shapes, str)
         return len(self.operands) * sum(shape.bytes_per_token for shape in self.shapes)
 
 
@@ -62,8 +66,10 @@ class Provider:
         self._eos = eos
         self._options = options
         self._device = torch.device(base.device)
-        self._passes: list[_Pass] | None = None
+        self._cuda_graph = options.cuda_graph and self._device.type == "cuda"  # until a model cannot be captured
+        self._passes: list[Pass] | None = None
         self._kept: Engine | None = None
+        self._kept_is_full = False  # memory gave it fewer slots than were asked for
 
     def take(self, prompts: int, length: int, batch_size: int | None) -> tuple[Engine, int]:
         """An engine for so many prompts, each of at most `length` tokens with its continuation, and how many of them
@@ -77,20 +83,23 @@ class Provider:
         window = _WINDOW.get(self._device.type, _WINDOW_ELSEWHERE)
         length = -(-length // window) * window
         slots = max(1, min(prompts, batch_size or _MOST_AT_ONCE.get(self._device.type, _MOST_ELSEWHERE)))
-        if kept is not None and kept.slots >= slots and kept.length >= length:
-            return kept, slots
+        if kept is not None and kept.length >= length and (kept.slots >= slots or self._kept_is_full):
+            return kept, min(slots, kept.slots)
         del kept  # its memory is free for the new one
-        refill = not any(isinstance(one.shapes, str) for one in passes)
+        refill = all(isinstance(one.models, StaticModels) for one in passes)
+        wanted = slots
         if refill:
             slots = min(slots, self._slots_that_fit(passes, length))
         engine = self._make(passes, slots, length, window, refill)
+        self._kept_is_full = engine.slots < wanted
         return engine, engine.slots
 
     def give_back(self, engine: Engine) -> None:
         """Only what ended well: after an error the caches may hold NaN."""
         self._kept = engine
+        self._cuda_graph = self._cuda_graph and engine.cuda_graph
 
-    def _make(self, passes: list[_Pass], slots: int, length: int, window: int, refill: bool) -> Engine:
+    def _make(self, passes: list[Pass], slots: int, length: int, window: int, refill: bool) -> Engine:
         try:
             return self._engine(passes, slots, length, window, refill)
         except torch.OutOfMemoryError as error:  # others took it in the meantime
@@ -99,16 +108,16 @@ class Provider:
         torch.cuda.empty_cache()
         return self._make(passes, slots // 2, length, window, refill)
 
-    def _engine(self, passes: list[_Pass], slots: int, length: int, window: int, refill: bool) -> Engine:
+    def _engine(self, passes: list[Pass], slots: int, length: int, window: int, refill: bool) -> Engine:
         operands: list[Any] = [None] * len(self._models)
         for forward, one in enumerate(passes):
             for index, operand in enumerate(one.operands):
                 operands[operand] = Operand(forward, index)
         with torch.inference_mode():
             forwards = [
-                StaticForward(one.model, one.shapes, slots, length, len(one.operands), self._options.compile)
-                if refill and not isinstance(one.shapes, str)
-                else PlainForward(one.model)
+                StaticForward(one.models, one.shapes, slots, length, len(one.operands))
+                if isinstance(one.models, StaticModels)
+                else PlainForward(one.models)
                 for one in passes
             ]
         return Engine(
@@ -123,34 +132,53 @@ class Provider:
             backend=self._options.backend,
             device=self._device,
             streams=self._options.streams,
-            cuda_graph=self._options.cuda_graph,
+            cuda_graph=self._cuda_graph,
         )
 
     @property
-    def passes(self) -> list[_Pass]:
+    def passes(self) -> list[Pass]:
         """Decided once: which ARMs share the base's pass, and whether static caches work in every model."""
-        if self._passes is not None:
-            return self._passes
+        if self._passes is None:
+            self._passes = self._plan()
+        return self._passes
+
+    def _plan(self) -> list[Pass]:
         base, *arms = self._models.values()
-        shapes = {label: static_shapes(model) for label, model in self._models.items()}
-        if reasons := [f"{label}: {why}" for label, why in shapes.items() if isinstance(why, str)]:
+        found = {label: static_shapes(model) for label, model in self._models.items()}
+        if reasons := [f"{label}: {why}" for label, why in found.items() if isinstance(why, str)]:
             _LOGGER.warning(
                 "decoding in the plain loop, a batch at a time and without CUDA graphs: %s", "; ".join(reasons)
             )
-            self._passes = [_Pass(model, [i], "plain") for i, model in enumerate(self._models.values())]
-            return self._passes
-        parts = [shared.low_rank_parts(base, arm) if self._options.share_weights else None for arm in arms]
-        with_base = [i for i, part in enumerate(parts, start=1) if part is not None]
-        model = shared.share(base, [part for part in parts if part is not None]) if with_base else base
-        self._passes = [_Pass(model, [0, *with_base], shapes["the base"])]
-        self._passes += [
-            _Pass(model, [i], shapes[label])
-            for i, (label, model) in enumerate(self._models.items())
-            if i and i not in with_base
+            return [Pass([i], model, []) for i, model in enumerate(self._models.values())]
+        shapes = [one for one in found.values() if not isinstance(one, str)]
+        parts = {i: shared.low_rank_parts(base, arm) for i, arm in enumerate(arms, start=1)}
+        with_base = [i for i, part in parts.items() if part is not None and self._options.share_weights]
+        joint = self._shared(base, [(arms[i - 1], part) for i in with_base if (part := parts[i])], shapes[0])
+        if joint is None:
+            with_base, joint = [], StaticModels(base, self._options.compile)
+        return [Pass([0, *with_base], joint, shapes[0])] + [
+            Pass([i], StaticModels(arm, self._options.compile), shapes[i])
+            for i, arm in enumerate(arms, start=1)
+            if i not in with_base
         ]
-        return self._passes
 
-    def _slots_that_fit(self, passes: list[_Pass], length: int) -> int:
+    def _shared(
+        self, base: Any, arms: Sequence[tuple[Any, dict[str, shared.LowRank]]], shapes: list[LayerShape]
+    ) -> StaticModels | None:
+        """The base with adapters in its own pass, if each model's logits there are those that it gives alone."""
+        if not arms:
+            return None
+        try:
+            models = StaticModels(shared.share(base, [part for _, part in arms]), self._options.compile)
+            wrong = differs(models, shapes, [base, *(arm for arm, _ in arms)])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a model does with rows of different operands
+            _LOGGER.info("adapters run apart from the base: %s", error)
+            return None
+        return None if wrong else models
+
+    def _slots_that_fit(self, passes: list[Pass], length: int) -> int:
         free = _free_bytes(self._device)
         if free is None:
             return 2**31

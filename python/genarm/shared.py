@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from genarm_kernels.validation import OPERAND_DTYPES
+
 from . import loading
 
 
@@ -69,7 +71,9 @@ class _SharedLinear(nn.Module):
         self.linear = linear
         # By rows: those of the operand, out of every 1 + N.
         self._parts = [
-            (slice(operand, None, 1 + len(parts)), *part) for operand, part in enumerate(parts, start=1) if part
+            (slice(operand, None, 1 + len(parts)), part.down, part.up.t().contiguous())
+            for operand, part in enumerate(parts, start=1)
+            if part
         ]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,7 +81,7 @@ class _SharedLinear(nn.Module):
         for rows, down, up in self._parts:
             # As matrices: of a strided batch, torch makes batched products, which cost four times as much on a CPU.
             own = y[rows]
-            own += F.linear(F.linear(x[rows].flatten(0, 1).to(down.dtype), down), up).view(own.shape)
+            own += torch.mm(F.linear(x[rows].flatten(0, 1).to(down.dtype), down), up).view(own.shape)
         return y
 
 
@@ -94,7 +98,7 @@ def _plain(layer: Any) -> LowRank | None:
     # On a CPU a small product in bfloat16 takes three times as long as in float32, where PEFT keeps adapters; on a GPU
     # the conversions would.
     dtype = torch.float32 if a.weight.device.type == "cpu" else layer.get_base_layer().weight.dtype
-    if not dtype.is_floating_point:
+    if dtype not in OPERAND_DTYPES:  # quantised
         dtype = a.weight.dtype
     up = b.weight.detach().float() * layer.scaling[name]
     return LowRank(a.weight.detach().to(dtype).contiguous(), up.to(dtype).contiguous())
