@@ -5,8 +5,8 @@ import logging
 import pytest
 import torch
 
-from genarm import GenarmError, GuidedDecoder, batching, bundled, loading, provision, world
-from genarm.engine import Drawn, Engine
+from genarm import GenarmError, GuidedDecoder, batching, bundled, loading, provision, shared, world
+from genarm.engine import Begin, Drawn, Engine
 from genarm.forwards import StaticForward
 from test_decoder import SMALL, byte_tokenizer, make_model
 
@@ -168,6 +168,13 @@ def test_layers_that_see_rows_in_another_shape_run_apart(tokenizer):
         assert [len(one.operands) for one in decoder._provider.passes] == passes
 
 
+def test_a_joint_pass_that_gives_other_logits_is_not_used(tokenizer, monkeypatch):
+    base = make_model()
+    monkeypatch.setattr(shared._SharedLinear, "forward", lambda self, x: self.linear(x))  # forgets the adapters
+    decoder = GuidedDecoder(base, tokenizer, {"a": adapter(base, 1)})
+    assert [len(one.operands) for one in decoder._provider.passes] == [1, 1]
+
+
 def test_local_attention_runs_in_the_plain_loop(tokenizer, caplog):
     sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]}
     with pytest.MonkeyPatch.context() as patch:
@@ -234,7 +241,10 @@ def test_memory_decides_how_many_prompts_at_once(decoder, monkeypatch):
     monkeypatch.setattr(provision, "_free_bytes", lambda device: 4 * length * token)
     decoder._provider._kept = None
     assert decode(decoder).tokens == expected
-    assert 2 <= decoder._provider._kept.slots <= 5
+    kept = decoder._provider._kept
+    assert 2 <= kept.slots <= 5
+    decode(decoder)
+    assert decoder._provider._kept is kept  # though more slots were wanted
     decoder._provider._kept = None
     monkeypatch.setattr(provision, "_free_bytes", lambda device: 16 * token)
     calls = []
@@ -258,6 +268,12 @@ def test_out_of_memory_lowers_the_batch(decoder, monkeypatch, caplog, where):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return original(self, rows, other)
 
+    def begin(self):
+        beginning(self)
+        assert sum(row is not None for row in self._slots) <= self._usable
+
+    beginning = batching.Run._begin
+    monkeypatch.setattr(batching.Run, "_begin", begin)
     monkeypatch.setattr(Engine, where, limited)
     with caplog.at_level(logging.WARNING, "genarm"):
         result = decode(decoder, seed=1, batch_size=8)
@@ -308,6 +324,37 @@ def test_a_host_that_is_behind_changes_no_token(decoder, sampling, request):
     )  # fmt: skip
 
 
+def test_what_is_batched_with_what_does_not_depend_on_how_fast_the_host_is(decoder, monkeypatch, request):
+    in_flight = request.getfixturevalue("late")
+    covered, step = [], Engine.step
+    monkeypatch.setattr(Engine, "step", lambda self, n, window: covered.append(n) or step(self, n, window))
+    decode(decoder, batch_size=4)
+    behind, covered[:] = list(covered), []
+    monkeypatch.setattr(Drawn, "ready", lambda self: True)
+    decode(decoder, batch_size=4)
+    assert covered == behind and max(in_flight) == 5
+
+
+def test_rows_end_on_the_device(tokenizer):
+    """At the limit and at EOS, without the host: their caches stop growing, whatever steps are queued behind."""
+    model = endless(make_model())
+    decoder = GuidedDecoder(model, tokenizer)
+    prompts = [[5, 6, 7], [8, 9]]
+    engine, _ = decoder._provider.take(2, 40, 2)
+    parameters = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    for eos in (None, "second"):
+        engine.reset(parameters)
+        drawn = [engine.begin([0, 1], [Begin([ids], 0, 4 + b, 0, [], parameters) for b, ids in enumerate(prompts)])]
+        drawn += [engine.step(2, 32) for _ in range(8)]
+        tokens = [integers[0] for integers, _ in (one.read()[1] for one in drawn)]
+        assert not engine._live.any()
+        (forward,) = engine._forwards
+        ends = [4, 5] if eos is None else [4, 1 + tokens.index(engine._eos[0])]
+        assert forward.lengths.flatten().tolist() == [len(ids) + n - 1 for ids, n in zip(prompts, ends, strict=True)]
+        engine._eos = torch.tensor([tokens[2]])
+    assert ends[1] <= 3
+
+
 def test_eos_is_seen_late_and_nothing_after_it(request):
     trained = GuidedDecoder.from_pretrained(bundled.path("base"), {"polite": bundled.path("polite")}, device="cpu")
     chats = [[{"role": "user", "content": prompt}] for prompt in world.sample_prompts(9, seed=3)]
@@ -336,6 +383,7 @@ def test_weights_changed_while_the_host_is_behind(decoder, request):
 
 def test_memory_is_flat_over_many_prompts(tokenizer):
     """2,000 prompts of random lengths: nothing grows after the first hundred, and no cache is made anew."""
+    import gc
     import random
     import resource
     from pathlib import Path
@@ -350,6 +398,9 @@ def test_memory_is_flat_over_many_prompts(tokenizer):
     seen = []
     for _, result in decoder.generate_each(prompts, max_new_tokens=limits, seed=0):
         seen.append((len(result.tokens[0]), resident()))
+        waiting = len(prompts) - len(seen)
+        if waiting % 500 == 0:  # no row that has been given out is held
+            assert sum(isinstance(one, batching.Row) for one in gc.get_objects()) <= waiting + 40
     assert sorted(tokens for tokens, _ in seen) == sorted(limits)
     after_100, most = seen[100][1], max(size for _, size in seen[100:])
     assert most - after_100 < 8 * 2**20, (after_100, most)
