@@ -26,6 +26,7 @@ bench: $(VENV)/ready
 	mkdir -p .benchmarks
 	$(BIN)/python -m pytest bench/test_guided_step.py -q --benchmark-quiet --benchmark-json=.benchmarks/guided_step.json
 	$(BIN)/python -m bench.report .benchmarks/guided_step.json
+	$(BIN)/python -m pytest bench/test_decoder.py -q
 
 models: $(VENV)/ready
 	$(BIN)/python -m genarm.bundled

@@ -34,6 +34,15 @@ def case(monkeypatch):
     return suite.Case(vocab=1000, batch=3, arms=2, filters="k+p+min-p", logits="peaked")
 
 
+def test_the_loop_s_parts_can_be_timed():
+    """Every benchmark of `bench/test_decoder.py` once; it checks what it times."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-disable"]
+    done = subprocess.run(
+        [*command, "bench/test_decoder.py"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("chosen", ["not compiled", pytest.param("", marks=TAKES_SECONDS, id="and compiled")])
 def test_benchmark_and_its_report(tmp_path, chosen):
     """The whole of `make bench`, on one tiny case."""

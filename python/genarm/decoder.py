@@ -97,7 +97,8 @@ class GuidedDecoder:
             backend: of `genarm_kernels.guided_step`.
             streams: base and ARM forwards on CUDA streams of their own, side by side.
             cuda_graph: one CUDA graph a step.
-            share_weights: ARMs that are LoRA adapters of the base run as further rows of its forward pass.
+            share_weights: ARMs that are LoRA adapters of the base run as further rows of its forward pass, as the
+                adapters are when first used.
             compile: `torch.compile` for the forward of a step. Minutes the first time; kept on disk.
 
         The last four change how fast the tokens come, not which. Models without static caches do without them.

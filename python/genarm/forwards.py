@@ -77,6 +77,7 @@ class _Layer(CacheLayerMixin):
         # Zeros: what has not been written is multiplied by a probability of 0, which NaN would survive.
         self.keys = torch.zeros(rows, length, *shape.key, dtype=shape.dtype, device=shape.device)
         self.values = torch.zeros(rows, length, *shape.value, dtype=shape.dtype, device=shape.device)
+        self._by_token = [x.flatten(0, 1).flatten(1) for x in (self.keys, self.values)]
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -86,8 +87,8 @@ class _Layer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, index: Tensor, rows: int, window: int
     ) -> tuple[Tensor, Tensor]:
         index = index.to(self.keys.device)
-        for stored, new in ((self.keys, key_states), (self.values, value_states)):
-            stored.flatten(0, 1).flatten(1).index_copy_(0, index, new.transpose(1, 2).flatten(2).flatten(0, 1))
+        for stored, new in zip(self._by_token, (key_states, value_states), strict=True):
+            stored.index_copy_(0, index, new.transpose(1, 2).reshape(len(index), -1))
         if not window:
             return key_states, value_states
         return self.keys[:rows, :window].transpose(1, 2), self.values[:rows, :window].transpose(1, 2)
@@ -231,7 +232,8 @@ class StaticModels:
         self.prefill = loading.twin(model)
         if head := self.prefill.get_output_embeddings():
             # On a CPU torch copies the head's weights, a row at a time, for strided states: the last column of many.
-            head.register_forward_pre_hook(lambda _, args: tuple(x.contiguous() for x in args))
+            # A clone even of a single row, which counts as contiguous and is copied for all the same.
+            head.register_forward_pre_hook(lambda _, args: (args[0].clone(memory_format=torch.contiguous_format),))
         self.one_token = loading.twin(model)
         config = unwrapped(self.one_token).config.get_text_config()
         if config._attn_implementation != "eager":  # in which some models do more
