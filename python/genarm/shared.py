@@ -7,6 +7,7 @@ of them; an adapter's low-rank part is added to the rows of its ARM alone:
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -69,6 +70,8 @@ class _SharedLinear(nn.Module):
     def __init__(self, linear: nn.Module, parts: Sequence[LowRank | None]) -> None:
         super().__init__()
         self.linear = linear
+        # Out of the modules, whose calls and lookups a CPU feels at every layer of every step.
+        self._call = partial(F.linear, weight=linear.weight, bias=linear.bias) if type(linear) is nn.Linear else linear
         # By rows: those of the operand, out of every 1 + N.
         self._parts = [
             (slice(operand, None, 1 + len(parts)), part.down, part.up.t().contiguous())
@@ -77,7 +80,7 @@ class _SharedLinear(nn.Module):
         ]
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.linear(x)
+        y: Tensor = self._call(x)
         for rows, down, up in self._parts:
             # As matrices: of a strided batch, torch makes batched products, which cost four times as much on a CPU.
             own = y[rows]
