@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from genarm import GuidedDecoder, bundled, world
 from genarm.batching import Row
@@ -21,13 +22,13 @@ _LENGTH = 512
 
 @pytest.fixture(scope="module")
 def decoder():
-    arms = {name: bundled.path(name) for name in ("helpful",)}
-    decoder = GuidedDecoder.from_pretrained(bundled.path("base"), arms, device="cpu")
+    base, arm = (AutoModelForCausalLM.from_pretrained(bundled.path(name)).eval() for name in ("base", "helpful"))
+    decoder = GuidedDecoder(base, AutoTokenizer.from_pretrained(bundled.path("base")), {"helpful": arm})
     prompt = "User: How do I sleep better?\nAssistant:"
     (tokens,) = decoder.generate(prompt, temperature=0.0, max_new_tokens=16).tokens
     ids = decoder.tokenizer(prompt)["input_ids"]
     for token in tokens:
-        logits = [model(torch.tensor([ids])).logits[0, -1] for model in decoder.forward_models]
+        logits = [model(torch.tensor([ids])).logits[0, -1] for model in (base, arm)]
         assert token == sum(logits).argmax()
         ids.append(token)
     return decoder

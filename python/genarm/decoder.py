@@ -184,8 +184,8 @@ class GuidedDecoder:
 
     @property
     def forward_models(self) -> list[Any]:
-        """The modules whose forwards make up a step: the base, which takes its adapters' rows with it, then each ARM
-        that has a forward of its own.
+        """The modules whose forwards make up a step, of one token a row: the base, which takes its adapters' rows with
+        it, then each ARM that has a forward of its own. To be watched by hooks, not called.
         """
         return [one.modules[-1] for one in self._provider.passes]
 
