@@ -289,8 +289,8 @@ def bench(
 
     \b
     Examples:
-      genarm bench --base llama-7b --arm llama-1b --batch 1 --batch 32 --out results
-      genarm bench --base DIR --arm lora:8 --method base --method genarm --method separate
+      genarm bench --base llama-7b --arm llama-1b --batch 32 --out results
+      genarm bench --base DIR --arm lora:8 --method base --method genarm
     """
     _quiet()
     from . import benchmark
