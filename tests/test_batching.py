@@ -158,7 +158,7 @@ def test_adapters_that_are_more_than_low_rank_run_apart(tokenizer, options):
     assert [len(one.operands) for one in decoder._provider.passes] == [1, 1]
 
 
-def test_layers_that_see_rows_in_another_shape_run_apart(tokenizer):
+def test_layers_that_see_rows_in_another_shape_run_apart(tokenizer, caplog):
     """OPT flattens rows and tokens before its linear layers: rows of an operand cannot be told from them."""
     base = endless(make_model("opt"))
     arms = {"a": adapter(base, 1, target_modules=["fc1", "fc2"]), "c": adapter(base, 2, target_modules=["q_proj"])}
@@ -166,13 +166,22 @@ def test_layers_that_see_rows_in_another_shape_run_apart(tokenizer):
         decoder = GuidedDecoder(base, tokenizer, {name: arms[name]})
         decode(decoder, weights={name: 1.0})
         assert [len(one.operands) for one in decoder._provider.passes] == passes
+    assert caplog.text.count("adapters run apart") == 1
 
 
-def test_a_joint_pass_that_gives_other_logits_is_not_used(tokenizer, monkeypatch):
+def test_a_joint_pass_that_gives_other_logits_is_not_used(tokenizer, monkeypatch, caplog):
     base = make_model()
     monkeypatch.setattr(shared._SharedLinear, "forward", lambda self, x: self.linear(x))  # forgets the adapters
     decoder = GuidedDecoder(base, tokenizer, {"a": adapter(base, 1)})
     assert [len(one.operands) for one in decoder._provider.passes] == [1, 1]
+    assert "its logits differ there" in caplog.text
+
+
+def test_what_runs_a_joint_pass_keeps_one_copy_of_the_adapters(tokenizer):
+    base = make_model()
+    (joint,) = GuidedDecoder(base, tokenizer, {"a": adapter(base, 1)})._provider.passes
+    of = [{x.data_ptr() for x in (*model.parameters(), *model.buffers())} for model in joint.modules]
+    assert len(of) > 1 and all(one == of[0] for one in of)
 
 
 def test_local_attention_runs_in_the_plain_loop(tokenizer, caplog):

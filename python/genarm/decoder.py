@@ -7,6 +7,7 @@ prompts -> token ids -> [base forward | ARM forwards] -> guided_step -> tokens -
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from numbers import Integral, Real
 from typing import Any, TypeAlias
 
@@ -234,15 +235,26 @@ class GuidedDecoder:
         return self._result(rows)
 
     def generate_each(
-        self, prompts: str | Sequence[str | Messages] | None = None, *, batch_size: int | None = None, **arguments: Any
+        self, prompts: str | Sequence[str | Messages] | None = None, **arguments: Any
     ) -> Iterator[tuple[int, GenerationResult]]:
         """`generate`, a prompt at a time: (index of the prompt, its result alone), in the order in which they finish.
 
         Arguments and errors as in `generate`; what has been given out stays when a later prompt fails.
         """
-        rows = self._rows(self._request(prompts, **arguments))
-        steps = self._decode(rows, _batch_size(batch_size))
+        request, batch_size = self._checked(prompts, arguments)
+        steps = self._decode(self._rows(request), batch_size)
         return ((row.index, self._result([row])) for _, grown in steps for row in grown if row.finish_reason)
+
+    def check(self, prompts: str | Sequence[str | Messages] | None = None, **arguments: Any) -> None:
+        """Raises what `generate` with the same arguments would raise before decoding; touches no model."""
+        self._checked(prompts, arguments)
+
+    def _checked(self, prompts: Any, arguments: dict[str, Any]) -> tuple["_Request", int | None]:
+        """The arguments of `generate`, with its defaults."""
+        bound = signature(self.generate).bind(prompts, **arguments)
+        bound.apply_defaults()
+        batch_size = _batch_size(bound.arguments.pop("batch_size"))
+        return self._request(**bound.arguments), batch_size
 
     def _result(self, rows: Sequence[Row]) -> GenerationResult:
         return GenerationResult(
@@ -252,26 +264,6 @@ class GuidedDecoder:
             base_logprobs=[row.base_logprobs for row in rows],
             rewards={name: [row.rewards[name] for row in rows] for name in self._arms},
             finish_reasons=[row.finish_reason or "length" for row in rows],
-        )
-
-    def check(
-        self,
-        prompts: str | Sequence[str | Messages] | None = None,
-        *,
-        messages: Messages | Sequence[Messages] | None = None,
-        arm_prompts: Mapping[str, Sequence[str | Messages]] | None = None,
-        weights: Weights = None,
-        max_new_tokens: int | Sequence[int] = 128,
-        temperature: PerPrompt = 1.0,
-        top_k: int | Sequence[int] = 0,
-        top_p: PerPrompt = 1.0,
-        min_p: PerPrompt = 0.0,
-        seed: int | Sequence[int] = 0,
-        stop: str | Sequence[str] = (),
-    ) -> None:
-        """Raises what `generate` with the same arguments would raise before decoding; touches no model."""
-        self._request(
-            prompts, messages, arm_prompts, weights, max_new_tokens, temperature, top_k, top_p, min_p, seed, stop
         )
 
     def stream(
@@ -304,17 +296,17 @@ class GuidedDecoder:
 
     def _request(
         self,
-        prompts: str | Sequence[str | Messages] | None = None,
-        messages: Any = None,
-        arm_prompts: Mapping[str, Sequence[str | Messages]] | None = None,
-        weights: Weights = None,
-        max_new_tokens: int | Sequence[int] = 128,
-        temperature: PerPrompt = 1.0,
-        top_k: int | Sequence[int] = 0,
-        top_p: PerPrompt = 1.0,
-        min_p: PerPrompt = 0.0,
-        seed: int | Sequence[int] = 0,
-        stop: str | Sequence[str] = (),
+        prompts: str | Sequence[str | Messages] | None,
+        messages: Any,
+        arm_prompts: Mapping[str, Sequence[str | Messages]] | None,
+        weights: Weights,
+        max_new_tokens: int | Sequence[int],
+        temperature: PerPrompt,
+        top_k: int | Sequence[int],
+        top_p: PerPrompt,
+        min_p: PerPrompt,
+        seed: int | Sequence[int],
+        stop: str | Sequence[str],
     ) -> "_Request":
         """Everything that can be checked before decoding, checked; on the host alone."""
         inputs = _inputs(prompts, messages)

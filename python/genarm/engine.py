@@ -17,7 +17,7 @@ from torch import Tensor
 
 from genarm_kernels import guided_step, run_concurrently
 
-from .forwards import Forward
+from .forwards import Forward, to_device
 
 _LOGGER = logging.getLogger("genarm")
 PER_ROW = ("temperature", "top_k", "top_p", "min_p")
@@ -245,8 +245,7 @@ class Engine:
         return Drawn(host, event)
 
     def _upload(self, values: Any, dtype: torch.dtype) -> Tensor:
-        host = torch.tensor(values, dtype=dtype)
-        return host.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else host
+        return to_device(torch.tensor(values, dtype=dtype), self._device)
 
     def _of_forwards(self) -> list[list[int]]:
         """By forward pass, which operands (0: base) its rows are, in its order."""

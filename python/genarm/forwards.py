@@ -153,29 +153,22 @@ class StaticForward:
         self._columns = torch.arange(length, device=self.device)
 
     def prefill(self, slots: Sequence[int], prompts: Prompts) -> Tensor:
-        rows = [ids for operands in prompts for ids in operands]
-        width = max(map(len, rows))
-        lengths = torch.tensor([len(ids) for ids in rows])
-        # On the left, so that the last token of every row is in the last column.
-        padding = (width - lengths)[:, None]
-        ids = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in rows])
-        columns = torch.arange(width)
-        mask = columns >= padding
+        ids, mask, places = _left_padded([ids for operands in prompts for ids in operands])
         where = torch.tensor([slot * self.operands + i for slot in slots for i in range(self.operands)])
         # Around the width: padding goes behind the prompt, where no query looks until a token has taken its place.
-        index = (where * self._length)[:, None] + (columns - padding) % width
-        self._cache.clear(self._to_device(where))
-        self._cache.begin(self._to_device(index.flatten()), len(rows), 0)
+        index = (where * self._length)[:, None] + places % ids.shape[1]
+        self._cache.clear(to_device(where, self.device))
+        self._cache.begin(to_device(index.flatten(), self.device), len(ids), 0)
         outputs = self._models.prefill(
-            input_ids=self._to_device(ids),
-            position_ids=self._to_device((columns - padding).clamp_min(0)),
-            attention_mask=None if mask.all() else self._to_device(mask.long()),
+            input_ids=to_device(ids, self.device),
+            position_ids=to_device(places.clamp_min(0), self.device),
+            attention_mask=None if mask.all() else to_device(mask.long(), self.device),
             past_key_values=self._cache,
             use_cache=True,
             **self._options,
         )
-        at = self._to_device(torch.tensor(slots))
-        self.lengths[at] = self._to_device(lengths.view(-1, self.operands))
+        at = to_device(torch.tensor(slots), self.device)
+        self.lengths[at] = to_device(mask.sum(1).view(-1, self.operands), self.device)
         return self._by_operand(outputs.logits)
 
     def step(self, tokens: Tensor, live: Tensor, window: int) -> Tensor:
@@ -219,9 +212,6 @@ class StaticForward:
 
     def _by_operand(self, logits: Tensor) -> Tensor:
         return logits[:, -1].unflatten(0, (-1, self.operands))
-
-    def _to_device(self, x: Tensor) -> Tensor:
-        return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x.to(self.device)
 
 
 class StaticModels:
@@ -286,14 +276,11 @@ class PlainForward:
         self._cache: Any = None
 
     def prefill(self, slots: Sequence[int], prompts: Prompts) -> Tensor:
-        rows = [ids for (ids,) in prompts]
-        width = max(map(len, rows))
-        padding = torch.tensor([[width - len(ids)] for ids in rows])
-        mask = torch.arange(width) >= padding
+        ids, mask, places = _left_padded([ids for (ids,) in prompts])
         self._mask = None if mask.all() else mask.long().to(self.device)
-        self._positions = (mask.cumsum(1) - 1).clamp_min(0).to(self.device)
+        self._positions = places.clamp_min(0).to(self.device)
         self._cache = None
-        return self._forward(torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in rows]).to(self.device))
+        return self._forward(ids.to(self.device))
 
     def step(self, tokens: Tensor, live: Tensor, window: int) -> Tensor:
         if self._mask is not None:
@@ -379,6 +366,21 @@ def differs(models: StaticModels, shapes: Sequence[LayerShape], alone: Sequence[
 
 def _ids(model: Any, tokens: Sequence[int]) -> Tensor:
     return torch.tensor([tokens], device=model.device) % loading.embeddings(model)
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """From the host, which does not wait for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def _left_padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, mask and place in the row, each `[rows, T]`: on the left, so that every row's last token is in the
+    last column. Places before the first token are negative.
+    """
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
+    places = torch.arange(width) - torch.tensor([[width - len(row)] for row in rows])
+    return ids, places >= 0, places
 
 
 def unwrapped(model: Any) -> Any:

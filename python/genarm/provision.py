@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import shared
+from . import loading, shared
 from .engine import Engine, Operand
 from .errors import GenarmError
 from .forwards import LayerShape, PlainForward, StaticForward, StaticModels, differs, static_shapes
@@ -151,32 +151,17 @@ class Provider:
             )
             return [Pass([i], model, []) for i, model in enumerate(self._models.values())]
         shapes = [one for one in found.values() if not isinstance(one, str)]
-        parts = {i: shared.low_rank_parts(base, arm) for i, arm in enumerate(arms, start=1)}
-        with_base = [i for i, part in parts.items() if part is not None and self._options.share_weights]
-        joint = self._shared(base, [(arms[i - 1], part) for i in with_base if (part := parts[i])], shapes[0])
+        found_parts = {i: shared.low_rank_parts(base, arm) for i, arm in enumerate(arms, start=1)}
+        parts = {i: part for i, part in found_parts.items() if part is not None and self._options.share_weights}
+        with_base = list(parts)
+        joint = _joint(base, [arms[i - 1] for i in with_base], [parts[i] for i in with_base], shapes[0])
         if joint is None:
-            with_base, joint = [], StaticModels(base, self._options.compile)
-        return [Pass([0, *with_base], joint, shapes[0])] + [
-            Pass([i], StaticModels(arm, self._options.compile), shapes[i])
-            for i, arm in enumerate(arms, start=1)
-            if i not in with_base
+            with_base, joint = [], base
+        alone = [(i, arm) for i, arm in enumerate(arms, start=1) if i not in with_base]
+        return [
+            Pass(operands, StaticModels(model, self._options.compile), shapes[operands[0]])
+            for operands, model in [([0, *with_base], joint), *(([i], arm) for i, arm in alone)]
         ]
-
-    def _shared(
-        self, base: Any, arms: Sequence[tuple[Any, dict[str, shared.LowRank]]], shapes: list[LayerShape]
-    ) -> StaticModels | None:
-        """The base with adapters in its own pass, if each model's logits there are those that it gives alone."""
-        if not arms:
-            return None
-        try:
-            models = StaticModels(shared.share(base, [part for _, part in arms]), self._options.compile)
-            wrong = differs(models, shapes, [base, *(arm for arm, _ in arms)])
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever a model does with rows of different operands
-            _LOGGER.info("adapters run apart from the base: %s", error)
-            return None
-        return None if wrong else models
 
     def _slots_that_fit(self, passes: list[Pass], length: int) -> int:
         free = _free_bytes(self._device)
@@ -191,6 +176,23 @@ class Provider:
                 "shorten max_new_tokens or the prompt"
             )
         return fit
+
+
+def _joint(base: Any, arms: Sequence[Any], parts: Sequence[dict[str, shared.LowRank]], shapes: list[LayerShape]) -> Any:
+    """The base with its adapters' rows in one pass, if each model's logits there are those that it gives alone."""
+    if not arms:
+        return None
+    try:
+        model = shared.share(base, parts)
+        why = "its logits differ there" if differs(StaticModels(model), shapes, [base, *arms]) else None
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model does with rows of different operands
+        why = f"{type(error).__name__}: {loading.first_line(error)}"
+    if why is None:
+        return model
+    _LOGGER.warning("adapters run apart from the base, for which a pass with their rows does not work: %s", why)
+    return None
 
 
 def _free_bytes(device: torch.device) -> int | None:

@@ -73,11 +73,13 @@ class _SharedLinear(nn.Module):
         # Out of the modules, whose calls and lookups a CPU feels at every layer of every step.
         self._call = partial(F.linear, weight=linear.weight, bias=linear.bias) if type(linear) is nn.Linear else linear
         # By rows: those of the operand, out of every 1 + N.
-        self._parts = [
-            (slice(operand, None, 1 + len(parts)), part.down, part.up.t().contiguous())
-            for operand, part in enumerate(parts, start=1)
-            if part
-        ]
+        self._parts: list[tuple[slice, Tensor, Tensor]] = []
+        for operand, part in enumerate(parts, start=1):
+            if part is not None:
+                down, up = part.down, part.up.t().contiguous()
+                self._parts.append((slice(operand, None, 1 + len(parts)), down, up))
+                for name, matrix in (("down", down), ("up", up)):  # as buffers, which a twin shares
+                    self.register_buffer(f"{name}{operand}", matrix, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self._call(x)
