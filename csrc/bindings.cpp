@@ -1,6 +1,7 @@
 // The CPU core for Python; genarm_kernels/backends/cpu.py is its caller.
 #include "bindings.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -11,6 +12,8 @@
 #include <dlfcn.h>
 #include <pthread.h>
 #endif
+
+#include "cpu/row_kernel.h"
 
 namespace py = pybind11;
 
@@ -131,6 +134,39 @@ class Cpu {
   Executor executor_;
 };
 
+// A share of multiply-adds that is worth waking a thread for: about 6 microseconds.
+constexpr int64_t kWorkPerTask = 1 << 17;
+
+// Adds to rows first, first + step, ... of y, `rows` of them, each contiguous like those of x.
+void add_low_rank(int dtype, int threads, py::handle y, py::handle x, py::handle down, py::handle up, int64_t rows,
+                  int64_t first, int64_t step, int64_t in, int64_t out, int64_t rank) {
+  if (rows == 0 || rank == 0) return;
+  const int64_t size = dtype == GENARM_FLOAT32 ? 4 : 2;
+  const genarm::LowRank part{static_cast<genarm_dtype>(dtype),
+                             genarm::bindings::pointer<char>(y) + first * out * size,
+                             genarm::bindings::pointer<const char>(x) + first * in * size,
+                             genarm::bindings::pointer<const float>(down),
+                             genarm::bindings::pointer<const float>(up),
+                             in,
+                             out,
+                             rank,
+                             step * in,
+                             step * out};
+  const genarm::RowKernels* kernels = genarm::kernels_of(isa);
+  const int64_t tasks = std::min({int64_t{threads}, rows, rows * rank * (in + out) / kWorkPerTask});
+  const int64_t inners = rank * std::max(tasks, int64_t{1});
+  thread_local Workspace workspace;
+  const auto inner = static_cast<float*>(workspace.of(sizeof(float) * static_cast<size_t>(inners)));
+  if (!inner) throw std::bad_alloc();
+  const Executor executor(static_cast<int>(tasks));
+  if (!executor.executor.run) return kernels->add_low_rank(part, 0, rows, inner);
+  auto task = [&](int index) {
+    kernels->add_low_rank(part, rows * index / tasks, rows * (index + 1) / tasks, inner + index * rank);
+  };
+  const auto call = [](void* data, int index) { (*static_cast<decltype(task)*>(data))(index); };
+  executor.executor.run(executor.executor.context, static_cast<int>(tasks), call, &task);
+}
+
 // The name of the instruction set in use, or None when the one that GENARM_CPU_ISA names cannot run.
 py::object current_isa() {
   const char* name = genarm_isa_name(isa);
@@ -155,6 +191,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.attr("TILE") = GENARM_TILE;
   module.def("guided_step", &genarm::bindings::guided_step<Cpu>);
   module.def("guided_log_softmax", &genarm::bindings::guided_log_softmax<Cpu>);
+  module.def("add_low_rank", &add_low_rank);
   module.def("isa", &current_isa, "Name of the instruction set in use; None when the one asked for cannot run.");
   module.def("supported_isas", [] {
     py::tuple names(supported().size());

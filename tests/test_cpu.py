@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from genarm_kernels import GuidedStep, available_backends, guided_log_softmax, guided_step
+from genarm_kernels import GuidedStep, available_backends, guided_log_softmax, guided_step, low_rank
 from genarm_kernels.backends import cpu
+from genarm_kernels.low_rank import add_low_rank
 from genarm_kernels.testing import make_logits, random_case
 
 pytestmark = pytest.mark.skipif("cpu" not in available_backends(), reason=f"no CPU core: {cpu.why_unavailable()}")
@@ -373,3 +374,96 @@ def test_no_row_is_slow(what: str) -> None:
 
     usual, unusual = seconds(), seconds(**changes[what])
     assert unusual < 6 * usual, f"{1e6 * unusual:.0f} against {1e6 * usual:.0f} microseconds"
+
+
+# --- Low-rank additions -----------------------------------------------------------------------------------------------
+
+
+def low_rank_case(dtype: torch.dtype, rows: int, sizes: tuple[int, int, int], step: int) -> tuple[torch.Tensor, ...]:
+    """y, x, down, up amid NaN, where they begin on no boundary."""
+    rank, width, height = sizes
+    shapes = ((rows * step, 1, height), (rows * step, 1, width), (rank, width), (rank, height))
+    generator = torch.Generator().manual_seed(rows)
+    made = []
+    for shape, of in zip(shapes, (dtype, dtype, torch.float32, torch.float32), strict=True):
+        count = torch.Size(shape).numel()
+        around = torch.full((count + 40,), torch.nan, dtype=of)
+        made.append(around[3 : 3 + count].view(shape).copy_(torch.randn(shape, generator=generator)))
+    return tuple(made)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("rows", "sizes", "step"),
+    [(1, (8, 64, 64), 2), (3, (1, 1, 1), 2), (2, (5, 100, 33), 3), (7, (16, 15, 130), 2), (30, (64, 300, 257), 2)],
+)
+def test_low_rank_parts_are_added_to_their_rows_alone(dtype, rows, sizes, step):
+    y, x, down, up = low_rank_case(dtype, rows, sizes, step)
+    for first in {1, step - 1}:
+        outputs = []
+        for isa in ISAS:
+            cpu._cpu.set_isa(isa)
+            outputs.append(y.clone())
+            add_low_rank(outputs[-1], x, down, up, first, step)
+            assert torch.equal(outputs[0], outputs[-1]), isa
+        exact = y.double()
+        exact[first::step] += (x[first::step].double() @ down.double().t()) @ up.double()
+        # One rounding to the dtype, after sums in float32.
+        size = 1 + exact.abs() + (x.double().abs() @ down.double().t().abs()) @ up.double().abs()
+        error = (outputs[0].double() - exact).abs() / (exact.abs() * torch.finfo(dtype).eps / 2 + size * 1e-6)
+        assert error.max() <= 1
+        others = [row for row in range(len(y)) if row % step != first]
+        assert torch.equal(outputs[0][others], y[others])
+        by_torch = y.clone()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(low_rank, "_suits_core", lambda *_: False)
+            add_low_rank(by_torch, x, down, up, first, step)
+        assert (by_torch.double() - exact).abs().max() <= 4 * (outputs[0].double() - exact).abs().max() + 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_are_rounded_to_the_nearest(dtype):
+    """Of 0 + 1 (1 v), for v over the whole of float32: numbers, ties and their neighbours, infinities, NaN."""
+    bits = torch.cat([torch.arange(0, 2**32, 2**32 // 60_000), torch.arange(2**15) * 2**17 + 2**12])
+    bits = torch.cat([bits + i for i in (-1, 0, 1, 2**15, 2**15 - 1, 2**15 + 1)]) % 2**32
+    values = torch.where(bits < 2**31, bits, bits - 2**32).int().view(torch.float32)
+    small = torch.arange(1, 2**12).float() * 2.0**-26  # subnormals of float16
+    values = torch.cat([values, small, -small, torch.tensor([65519.0, 65520.0, -65520.0, 3.4e38])])
+    expected = values.to(dtype)
+    for isa in ISAS:
+        cpu._cpu.set_isa(isa)
+        y = torch.full((1, 1, len(values)), -0.0, dtype=dtype)
+        add_low_rank(y, torch.ones(1, 1, 1, dtype=dtype), torch.ones(1, 1), values[None], 0, 1)
+        same = (y[0, 0] == expected) | (y[0, 0].isnan() & expected.isnan())
+        assert same.all(), (isa, values[~same][:5], y[0, 0][~same][:5], expected[~same][:5])
+
+
+def test_low_rank_rows_have_the_same_bits_on_any_number_of_threads():
+    y, x, down, up = low_rank_case(torch.bfloat16, 30, (64, 300, 257), 2)
+    outputs = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        outputs.append(y.clone())
+        add_low_rank(outputs[-1], x, down, up, 1, 2)
+    assert all(torch.equal(outputs[0], one) for one in outputs)
+    alone = y[20:22].clone()
+    add_low_rank(alone, x[20:22], down, up, 1, 2)
+    assert torch.equal(alone, outputs[0][20:22])
+
+
+@pytest.mark.parametrize("kind", ["strided", "gradient", "mixed", "long", "many"])
+def test_what_does_not_suit_the_core_is_added_by_torch(kind, monkeypatch):
+    monkeypatch.setattr(cpu, "add_low_rank", lambda *_: pytest.fail("the core was called"))
+    rows = 2 * low_rank._FEW + 2 if kind == "many" else 4
+    y, x = torch.randn(rows, 3 if kind == "long" else 1, 6), torch.randn(rows, 3 if kind == "long" else 1, 4)
+    down, up = torch.randn(2, 4), torch.randn(2, 6)
+    if kind == "strided":
+        x = torch.randn(rows, 1, 8)[..., ::2]
+    elif kind == "gradient":
+        y = (y.requires_grad_() * 1.0).clone()
+    elif kind == "mixed":
+        x = x.bfloat16()
+    expected = y.detach().clone()
+    expected[1::2] += (x[1::2].float() @ down.t()) @ up
+    add_low_rank(y, x, down, up, 1, 2)
+    assert torch.allclose(y, expected, atol=1e-5)

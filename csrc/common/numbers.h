@@ -56,6 +56,27 @@ GENARM_HD float to_float(Float16 x) {
 #endif
 }
 
+// To the nearest, ties to even; a CPU's alone.
+inline void from_float(float x, float* out) { *out = x; }
+inline void from_float(float x, BFloat16* out) {
+  const uint32_t bits = bits_of(x), rounded = x != x ? bits | 0x400000u : bits + 0x7FFFu + (bits >> 16 & 1u);
+  out->bits = static_cast<uint16_t>(rounded >> 16);
+}
+inline void from_float(float x, Float16* out) {
+  const uint32_t sign = bits_of(x) >> 16 & 0x8000u, size = bits_of(x) & 0x7FFFFFFFu;
+  uint32_t bits;
+  if (size > 0x7F800000u) {
+    bits = 0x7E00u | (size >> 13 & 0x1FFu);
+  } else if (size >= 0x477FF000u) {  // 65520, from where the nearest is infinity
+    bits = 0x7C00u;
+  } else if (size < 0x38800000u) {  // 2^-14: of what is below, adding 1/2 leaves multiples of 2^-24
+    bits = bits_of(float_of(size) + 0.5f) - 0x3F000000u;
+  } else {
+    bits = (size - 0x38000000u + 0xFFFu + (size >> 13 & 1u)) >> 13;
+  }
+  out->bits = static_cast<uint16_t>(sign | bits);
+}
+
 // Unsigned integers in the order of floats; -0 and +0 are one key. No NaN.
 GENARM_HD uint32_t ordered_key(float x) {
   const uint32_t bits = bits_of(x + 0.0f);

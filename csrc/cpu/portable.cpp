@@ -28,8 +28,9 @@ template <class T>
 inline F load(const T* x) {
   GENARM_LANES(F, genarm::to_float(x[i]));
 }
-inline void store(float* out, F x) {
-  for (int i = 0; i < kWidth; ++i) out[i] = x.lane[i];
+template <class T>
+inline void store(T* out, F x) {
+  for (int i = 0; i < kWidth; ++i) genarm::from_float(x.lane[i], out + i);
 }
 
 inline F add(F a, F b) { GENARM_LANES(F, a.lane[i] + b.lane[i]); }

@@ -65,6 +65,17 @@ struct Drawn {
   double logprob, log_mass;
 };
 
+// What a LoRA adapter adds to the rows of its ARM in a linear layer's output.
+struct LowRank {
+  genarm_dtype dtype;  // of x and y
+  void* y;
+  const void* x;
+  const float* down;  // [rank, in]
+  const float* up;    // [rank, out]
+  int64_t in, out, rank;
+  int64_t x_stride, y_stride;  // in elements
+};
+
 // Entry points of one instruction set.
 struct RowKernels {
   // Fills the references of the row from its first tokens.
@@ -75,6 +86,8 @@ struct RowKernels {
   Drawn (*draw)(const Row& row);
   // log p of tiles [first, last) in place: row.z holds z on entry.
   void (*normalise)(const Row& row, float top, double log_mass, int64_t first, int64_t last);
+  // y += up (down x), for rows [first, last); `inner` has room for `rank` numbers.
+  void (*add_low_rank)(const LowRank& part, int64_t first, int64_t last, float* inner);
 };
 
 const RowKernels& portable_kernels();

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..outputs import empty_step, empty_whole
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # genarm_dtype
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # genarm_dtype
 
 
 def guided_step(
@@ -22,7 +22,7 @@ def guided_step(
 ) -> tuple[Tensor, ...]:
     outputs = empty_step(base_logits, len(arm_logits), logprobs)
     module.guided_step(
-        _DTYPES[base_logits.dtype],
+        DTYPES[base_logits.dtype],
         place,
         base_logits.shape[0],
         *outputs,
@@ -40,7 +40,7 @@ def guided_log_softmax(
 ) -> Tensor:
     logp = empty_whole(base_logits)
     module.guided_log_softmax(
-        _DTYPES[base_logits.dtype],
+        DTYPES[base_logits.dtype],
         place,
         base_logits.shape[0],
         logp,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from genarm_kernels.low_rank import add_low_rank
 from genarm_kernels.validation import OPERAND_DTYPES
 
 from . import loading
@@ -72,21 +73,18 @@ class _SharedLinear(nn.Module):
         self.linear = linear
         # Out of the modules, whose calls and lookups a CPU feels at every layer of every step.
         self._call = partial(F.linear, weight=linear.weight, bias=linear.bias) if type(linear) is nn.Linear else linear
-        # By rows: those of the operand, out of every 1 + N.
-        self._parts: list[tuple[slice, Tensor, Tensor]] = []
+        self._parts: list[tuple[Tensor, Tensor, int, int]] = []
         for operand, part in enumerate(parts, start=1):
             if part is not None:
                 down, up = part.down, part.up.t().contiguous()
-                self._parts.append((slice(operand, None, 1 + len(parts)), down, up))
+                self._parts.append((down, up, operand, 1 + len(parts)))
                 for name, matrix in (("down", down), ("up", up)):  # as buffers, which a twin shares
                     self.register_buffer(f"{name}{operand}", matrix, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self._call(x)
-        for rows, down, up in self._parts:
-            # As matrices: of a strided batch, torch makes batched products, which cost four times as much on a CPU.
-            own = y[rows]
-            own += torch.mm(F.linear(x[rows].flatten(0, 1).to(down.dtype), down), up).view(own.shape)
+        for down, up, first, step in self._parts:
+            add_low_rank(y, x, down, up, first, step)
         return y
 
 
