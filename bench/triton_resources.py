@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,8 +25,18 @@ MOST_OPERANDS = 10  # N = 9: the most that the random tests draw; more ARMs work
 
 # Bytes, and registers a thread: at 128 an SM holds 16 tiles, 64 KB of 16-bit logits with N = 1 on their way to it. A
 # program of the row pass has an SM to itself up to B = the number of SMs.
-MOST_SHARED = 48 * 1024
-MOST_REGISTERS = {"tile_pass": 208, "row_pass": 255, "whole_row_pass": 128}
+MOST_SHARED = 48 * 1024  # shared_linear takes what an architecture has
+MOST_REGISTERS = {"tile_pass": 208, "row_pass": 255, "whole_row_pass": 128, "shared_linear": 200}
+SHARED_OF_ARCHITECTURE = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # KB a block
+
+
+class SharedLinear(NamedTuple):
+    """A specialisation of that kernel; widths are multiples of 16."""
+
+    dtype: torch.dtype
+    rows: int
+    ranks: int
+    bias: bool
 
 
 def specialisations(everything: bool) -> Iterator[tuple[str, Any]]:
@@ -41,10 +51,30 @@ def specialisations(everything: bool) -> Iterator[tuple[str, Any]]:
         # What a kernel does not know of is the same kernel.
         every += [("row_pass", Specialisation(dtype, operands, True, filtered, True)) for filtered in flags]
         every.append(("whole_row_pass", Specialisation(dtype, operands, False, False, True)))
+    for rows, ranks, bias in itertools.product((16, 32, 64), (8, 32, 64), flags):
+        if everything or (rows != 32 and ranks != 32 and not bias):
+            yield "shared_linear", SharedLinear(torch.bfloat16, rows, ranks, bias)
     for kernel, spec in every:
         telling = spec.operands in (2, MOST_OPERANDS) and spec.logprobs == (kernel != "whole_row_pass")
         if everything or (telling and (spec.dtype != torch.float16 or spec.operands == 2)):
             yield kernel, spec
+
+
+def compile_shared_linear(spec: SharedLinear, target: Any) -> Any:
+    import triton
+    from triton.compiler import ASTSource
+
+    from genarm_kernels.backends.triton.launch import DTYPES
+    from genarm_kernels.backends.triton.shared_linear import constants, options, shared_linear_kernel
+
+    names, values = shared_linear_kernel.arg_names, constants(spec.rows, spec.ranks, spec.bias)
+    signature = {name: DTYPES[spec.dtype] if name.endswith("_ptr") else "i32" for name in names}
+    signature |= {"owners_ptr": "*i32"} | dict.fromkeys(values, "constexpr")
+    whole = [name for name in names if name.endswith("_ptr") or name in ("width", "height")]
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in whole}
+    constexprs = {(names.index(name),): value for name, value in values.items()}
+    source = ASTSource(shared_linear_kernel, signature, constexprs, aligned)
+    return triton.compile(source, target, options(values, 1024 * SHARED_OF_ARCHITECTURE[target.arch]))
 
 
 def measure(job: tuple[str, Any, int]) -> dict[str, Any]:
@@ -55,7 +85,11 @@ def measure(job: tuple[str, Any, int]) -> dict[str, Any]:
     from genarm_kernels.backends.triton import launch
 
     name, spec, architecture = job
-    compiled = launch.compile_kernel(getattr(launch, name), spec, GPUTarget("cuda", architecture, 32))
+    target = GPUTarget("cuda", architecture, 32)
+    if name == "shared_linear":
+        compiled = compile_shared_linear(spec, target)
+    else:
+        compiled = launch.compile_kernel(getattr(launch, name), spec, target)
     tool = Path(compiler.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -64,7 +98,8 @@ def measure(job: tuple[str, Any, int]) -> dict[str, Any]:
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
     # Triton allocates shared memory at launch, where cuobjdump does not see it.
     shared = compiled.metadata.shared
-    fits = usage["REG"] <= MOST_REGISTERS[name] and shared <= MOST_SHARED
+    most_shared = 1024 * SHARED_OF_ARCHITECTURE[architecture] if name == "shared_linear" else MOST_SHARED
+    fits = usage["REG"] <= MOST_REGISTERS[name] and shared <= most_shared
     return {
         "kernel": name,
         "arch": architecture,

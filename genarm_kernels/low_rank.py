@@ -1,14 +1,35 @@
-"""What LoRA adapters add to a linear layer whose input holds rows of several models."""
+"""Linear layers of a base for rows of its own and of ARMs that are LoRA adapters of it."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from . import ops
 from .backends import cpu, why_unavailable
 from .validation import OPERAND_DTYPES
 
 # Rows up to which the CPU core takes less time than torch's products (rank 8, 1024 to 1024, two threads).
 _FEW = 32
+# Rows, and ranks of all adapters together, up to which one Triton kernel does the whole layer.
+_MOST_ROWS, _MOST_RANKS = 64, 64
+
+shared_linear = ops.shared_linear
+
+
+def fits_shared_linear(x: Tensor, weight: Tensor, down: Tensor) -> bool:
+    """Whether `shared_linear` runs at x `[R, T, in]`, and is meant for it: a step of decoding on a GPU, in 16 bits."""
+    return (
+        x.is_cuda
+        and x.shape[1] == 1
+        and len(x) <= _MOST_ROWS
+        and len(down) <= _MOST_RANKS
+        and x.dtype == weight.dtype == down.dtype
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and x.is_contiguous()
+        and weight.is_contiguous()
+        and not torch.is_grad_enabled()
+        and why_unavailable("triton") is None
+    )
 
 
 def add_low_rank(y: Tensor, x: Tensor, down: Tensor, up: Tensor, first: int, step: int) -> None:

@@ -29,6 +29,11 @@ _LIBRARY.define(
     " Tensor? base_weight_rows, Tensor? temperature_rows) -> Tensor"
 )
 
+_LIBRARY.define(
+    "shared_linear(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor owners, int operands)"
+    " -> Tensor"
+)
+
 guided_log_softmax = torch.ops.genarm_kernels.guided_log_softmax.default
 
 
@@ -70,6 +75,34 @@ def _guided_log_softmax(backend: str, base_logits: Tensor, *args: Any) -> Tensor
 @torch.library.register_fake("genarm_kernels::guided_log_softmax", lib=_LIBRARY)
 def _guided_log_softmax_fake(backend: str, base_logits: Tensor, *args: Any) -> Tensor:
     return empty_whole(base_logits)
+
+
+def shared_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, owners: Tensor, operands: int
+) -> Tensor:
+    """y[m] = W x[m] + bias + the sum of up[r] (down[r] . x[m]) over the ranks r that m's operand, m % operands, owns.
+
+    Args:
+        x: `[R, 1, in]`, bfloat16 or float16 like all that follows, R up to 64; contiguous, as all are.
+        weight, bias: `[out, in]`, `[out]`.
+        down, up: of all adapters, `[r, in]` and `[r, out]`, r up to 64.
+        owners: `[r]` int32, an ARM's number, 1 and up; the base, 0, owns none.
+        operands: 1 + N.
+    """
+    y: Tensor = torch.ops.genarm_kernels.shared_linear.default(x, weight, bias, down, up, owners, operands)
+    return y
+
+
+@torch.library.impl(_LIBRARY, "shared_linear", "CompositeExplicitAutograd")
+def _shared_linear(x: Tensor, *args: Any) -> Tensor:
+    from .backends.triton.shared_linear import shared_linear  # where Triton is
+
+    return shared_linear(x, *args)
+
+
+@torch.library.register_fake("genarm_kernels::shared_linear", lib=_LIBRARY)
+def _shared_linear_fake(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], len(weight)))
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

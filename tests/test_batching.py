@@ -8,6 +8,7 @@ import torch
 from genarm import GenarmError, GuidedDecoder, batching, bundled, loading, provision, shared, world
 from genarm.engine import Begin, Drawn, Engine
 from genarm.forwards import StaticForward
+from genarm_kernels import available_backends
 from test_decoder import SMALL, byte_tokenizer, make_model
 
 PROMPTS = ["abcdefgh"[: 1 + i % 7] * (1 + i % 5) for i in range(21)]
@@ -133,6 +134,32 @@ def test_shared_weights_change_no_token(tokenizer, kind, sampling):
             assert mine == pytest.approx(other, abs=1e-4)
     unguided = decode(together, **{**options, "weights": {"b": 0.5}})
     assert unguided.tokens != shared.tokens
+
+
+@pytest.mark.skipif("triton" not in available_backends(), reason="the Triton backend cannot run here")
+def test_layers_in_one_launch_give_the_models_own_numbers(tokenizer, monkeypatch):
+    """A GPU's step in 16 bits, which Triton's interpreter runs."""
+    base = make_model("qwen3").half()
+    arms = {"a": adapter(base, 1), "b": adapter(base, 2, target_modules=["q_proj", "down_proj"])}
+    plain, steps = shared._plain, []
+
+    def fits(x, weight, down):
+        steps.append(x.shape[1] == 1)
+        return steps[-1]
+
+    monkeypatch.setattr(shared, "fits_shared_linear", fits)
+    monkeypatch.setattr(shared, "_plain", lambda layer: shared.LowRank(*(x.half() for x in plain(layer))))
+    decoder = GuidedDecoder(base, tokenizer, arms)
+    result = decoder.generate(PROMPTS[:3], weights={"a": 1.0, "b": -0.5}, max_new_tokens=4)
+    assert [len(one.operands) for one in decoder._provider.passes] == [3]
+    assert any(steps) and not all(steps)
+    numbers = [(base, result.base_logprobs), *((model, result.rewards[name]) for name, model in arms.items())]
+    for model, logprobs in numbers:
+        for prompt, tokens, mine in zip(PROMPTS, result.tokens, logprobs, strict=False):
+            ids = torch.tensor([tokenizer(prompt)["input_ids"] + tokens])
+            expected = model(ids).logits[0, -1 - len(tokens) : -1].float().log_softmax(-1)
+            drawn = expected.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+            assert mine == pytest.approx(drawn.tolist(), abs=0.02)
 
 
 def test_shared_weights_are_read_once(tokenizer):

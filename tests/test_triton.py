@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from genarm_kernels import available_backends, guided_step, rng
+from genarm_kernels import available_backends, guided_step, low_rank, ops, rng
 from genarm_kernels.testing import make_logits, random_case
 
 pytestmark = pytest.mark.skipif("triton" not in available_backends(), reason="the Triton backend cannot run here")
@@ -45,8 +45,8 @@ def check_resources(tmp_path: Path, *arguments: Any) -> list[dict[str, Any]]:
     kernels = [json.loads(line) for line in lines]
     for kernel in kernels:
         assert kernel["stack"] == kernel["local"] == 0, f"spills: {kernel}"
-        assert 16 <= kernel["registers"] <= 255 and kernel["shared"] <= 48 * 1024, kernel
-    assert {kernel["kernel"] for kernel in kernels} == {"tile_pass", "row_pass", "whole_row_pass"}
+        assert 16 <= kernel["registers"] <= 255 and kernel["ok"], kernel
+    assert {kernel["kernel"] for kernel in kernels} == {"tile_pass", "row_pass", "whole_row_pass", "shared_linear"}
     return kernels
 
 
@@ -60,7 +60,76 @@ def test_nothing_spills_in_any_specialisation(tmp_path: Path) -> None:
     """Every type, number of ARMs up to 9 and flag, for Ampere, Hopper and Blackwell."""
     kernels = check_resources(tmp_path, "--all", "--arch", 80, 90, 100)
     assert {kernel["arch"] for kernel in kernels} == {80, 90, 100}
-    assert len(kernels) == 3 * 3 * 10 * (2 * 2 * 2 + 2 + 1)
+    assert len(kernels) == 3 * (3 * 10 * (2 * 2 * 2 + 2 + 1) + 3 * 3 * 2)
+
+
+# --- The linear layer of a base and its adapters ----------------------------------------------------------------------
+
+
+def guarded(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Random numbers amid NaN, at a boundary of 16 bytes, as the operator's tensors are in a model."""
+    count = torch.Size(shape).numel()
+    around = torch.full((count + 128,), torch.nan, dtype=dtype, device=DEVICE)
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return around[64 : 64 + count].view(shape).copy_(values)
+
+
+SHARED_LINEARS = [
+    (2, (8,), 256, 64, False),
+    (6, (4, 2), 104, 72, True),
+    (64, (64,), 128, 33, True),
+    (3, (0, 5), 40, 8, False),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "ranks", "width", "height", "bias"), SHARED_LINEARS)
+def test_shared_linear(dtype, rows, ranks, width, height, bias) -> None:
+    operands, total = 1 + len(ranks), sum(ranks)
+    x, weight = guarded((rows, 1, width), dtype, 1), guarded((height, width), dtype, 2)
+    b = guarded((height,), dtype, 3) if bias else None
+    down, up = guarded((total, width), dtype, 4), guarded((total, height), dtype, 5)
+    owners = torch.tensor([i for i, rank in enumerate(ranks, start=1) for _ in range(rank)], dtype=torch.int32)
+    owners = owners.to(DEVICE)
+    arguments = (x, weight, b, down, up, owners, operands)
+    from genarm_kernels.backends.triton import shared_linear
+
+    y = guarded((rows, 1, height), dtype, 6).fill_(3e4)
+    shared_linear.launch(y, *arguments)
+
+    own = (owners[None] == torch.arange(rows, device=DEVICE)[:, None] % operands).double()
+    inner = (x[:, 0].double() @ down.double().t()) * own
+    exact = x[:, 0].double() @ weight.double().t() + inner @ up.double() + (0 if b is None else b.double())
+    # Of the dtype: the result's rounding, and that of `inner`, which the interpreter cuts off in bfloat16.
+    eps = torch.finfo(dtype).eps
+    bound = eps * (exact.abs() + (inner.abs() @ up.double().abs())) + 1e-4
+    assert ((y[:, 0].double() - exact).abs() <= bound).all()
+    around = torch.as_strided(y, (y.numel() + 128,), (1,), y.storage_offset() - 64)
+    assert around[:64].isnan().all() and around[-64:].isnan().all()
+    assert torch.equal(ops.shared_linear(*arguments), y)
+    torch.library.opcheck(
+        torch.ops.genarm_kernels.shared_linear.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def test_when_a_layer_is_shared_in_one_launch() -> None:
+    class Gpu(torch.Tensor):
+        is_cuda = True
+
+    def fits(rows=2, tokens=1, rank=8, dtype=torch.bfloat16, weight=torch.bfloat16, adapter=torch.bfloat16) -> bool:
+        x = torch.ones(rows, tokens, 16, dtype=dtype).as_subclass(Gpu)
+        with torch.no_grad():
+            return low_rank.fits_shared_linear(x, torch.ones(4, 16, dtype=weight), torch.ones(rank, 16, dtype=adapter))
+
+    assert fits() and fits(rows=64, rank=64)
+    wrong = ({"tokens": 2}, {"rows": 65}, {"rank": 65}, {"weight": torch.int8}, {"adapter": torch.float32})
+    assert not any(fits(**one) for one in wrong)
+    assert not fits(dtype=torch.float32, weight=torch.float32, adapter=torch.float32)
+    x = torch.ones(2, 1, 16, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert not low_rank.fits_shared_linear(x, x[0], x[0])  # on a CPU
+    with torch.enable_grad():
+        assert not low_rank.fits_shared_linear(x.as_subclass(Gpu), x[0], x[0])
 
 
 # --- Launching --------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from genarm_kernels.low_rank import add_low_rank
+from genarm_kernels.low_rank import add_low_rank, fits_shared_linear, shared_linear
 from genarm_kernels.validation import OPERAND_DTYPES
 
 from . import loading
@@ -68,23 +68,36 @@ def share(base: Any, arms: Sequence[dict[str, LowRank]]) -> Any:
 
 
 class _SharedLinear(nn.Module):
-    def __init__(self, linear: nn.Module, parts: Sequence[LowRank | None]) -> None:
+    def __init__(self, linear: Any, parts: Sequence[LowRank | None]) -> None:
         super().__init__()
         self.linear = linear
         # Out of the modules, whose calls and lookups a CPU feels at every layer of every step.
-        self._call = partial(F.linear, weight=linear.weight, bias=linear.bias) if type(linear) is nn.Linear else linear
-        self._parts: list[tuple[Tensor, Tensor, int, int]] = []
-        for operand, part in enumerate(parts, start=1):
-            if part is not None:
-                down, up = part.down, part.up.t().contiguous()
-                self._parts.append((down, up, operand, 1 + len(parts)))
-                for name, matrix in (("down", down), ("up", up)):  # as buffers, which a twin shares
-                    self.register_buffer(f"{name}{operand}", matrix, persistent=False)
+        self._weights = (linear.weight, linear.bias) if type(linear) is nn.Linear else None
+        self._call = partial(F.linear, weight=linear.weight, bias=linear.bias) if self._weights else linear
+
+        given = {operand: part for operand, part in enumerate(parts, start=1) if part is not None}
+        ranks = [len(part.down) for part in given.values()]
+        down = self._buffer("down", torch.cat([part.down for part in given.values()]))
+        up = self._buffer("up", torch.cat([part.up.t() for part in given.values()]))
+        owners = torch.tensor(list(given), dtype=torch.int32).repeat_interleave(torch.tensor(ranks))
+        self._adapters = (down, up, self._buffer("owners", owners.to(down.device)), 1 + len(parts))
+        self._parts = [
+            (self._buffer(f"down{operand}", own_down), self._buffer(f"up{operand}", own_up), operand)
+            for operand, own_down, own_up in zip(given, down.split(ranks), up.split(ranks), strict=True)
+        ]
+
+    def _buffer(self, name: str, tensor: Tensor) -> Tensor:
+        """Which a twin shares."""
+        self.register_buffer(name, tensor, persistent=False)
+        return tensor
 
     def forward(self, x: Tensor) -> Tensor:
+        down, up, owners, operands = self._adapters
+        if self._weights and fits_shared_linear(x, self._weights[0], down):
+            return shared_linear(x, *self._weights, down, up, owners, operands)
         y: Tensor = self._call(x)
-        for down, up, first, step in self._parts:
-            add_low_rank(y, x, down, up, first, step)
+        for own_down, own_up, operand in self._parts:
+            add_low_rank(y, x, own_down, own_up, operand, operands)
         return y
 
 

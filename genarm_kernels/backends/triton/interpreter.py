@@ -1,12 +1,28 @@
 """Triton's interpreter, mended where its results are not a GPU's."""
 
+from typing import Any
+
 import numpy as np
+import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+_dot = InterpreterBuilder.create_dot
 
-def round_once() -> None:
-    """`tl.fma` rounds once, as the instruction does; the interpreter rounds the product too."""
+
+def mend() -> None:
+    """`tl.fma` rounds once, as the instruction does, and `tl.dot` multiplies bfloat16, in place of its bits."""
     InterpreterBuilder.create_fma = _fma
+    InterpreterBuilder.create_dot = _dot_of_floats
+
+
+def _dot_of_floats(builder: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
+    return _dot(builder, _widened(a), _widened(b), *rest)
+
+
+def _widened(x: TensorHandle) -> TensorHandle:
+    if x.dtype.scalar != tl.bfloat16:
+        return x
+    return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
 
 def _fma(_: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:

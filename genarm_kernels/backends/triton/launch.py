@@ -20,9 +20,9 @@ from .whole_row import TILES_A_PROGRAM, whole_row_pass
 
 INTERPRETED = interpreted()
 if INTERPRETED:
-    from .interpreter import round_once
+    from .interpreter import mend
 
-    round_once()
+    mend()
 
 DTYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
