@@ -6,10 +6,13 @@
 #   tests      the tests marked `gpu`, then the contract tests on the GPU's backends
 #   sanitizer  compute-sanitizer: memcheck, racecheck, initcheck, synccheck on small shapes
 #   kernels    bench/gpu_kernels.py: time of a step, cold and warm, against baselines and the copy bandwidth
+#   linear     bench/gpu_linear.py: a linear layer with a LoRA ARM, in one launch, by PyTorch, and the base's rows alone
 #   decoding   bench/tokens_per_second.py: tokens/s of 7B + 7B, 7B + LoRA, 7B + 1B and 8B + 1B shapes, each switch apart
 #   batches    the same at batches 8 and 128, and with compiled forwards; not among the default stages
+#   profile    a decoding step's timeline (bench/decoder_profile.py); hardware counters of the sampling kernels, where
+#              Nsight Compute is and may read them (bench/kernel_counters.py); not among the default stages
 #   tune       the same kernels at other shapes of launch; not among the default stages
-# A log of each and the JSON files go to OUT (default bench/results/<device>); a short table is printed last.
+# A log of each, the JSON files and the plots go to OUT (default bench/results/<device>); a short table is printed last.
 # PYTHON (python3), GENARM_COMMIT (where there is no git) and KERNELS_ARGS (--quick) may be set.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -52,6 +55,8 @@ stage_sanitizer() {
 
 stage_kernels() { $PYTHON -m bench.gpu_kernels --out "$OUT" ${KERNELS_ARGS:-}; }
 
+stage_linear() { $PYTHON -m bench.gpu_linear --out "$OUT"; }
+
 tokens() { $PYTHON -m bench.tokens_per_second --device cuda --rounds 2 --out "$OUT" "$@"; }
 
 methods() { printf -- '--method %s ' "$@"; }
@@ -74,9 +79,40 @@ stage_batches() {
   return $failed
 }
 
-stage_tune() { $PYTHON -m bench.gpu_kernels --out "$OUT" --tune; }
+# A table of what ncu finds; one line where it is missing or refused the counters, which is no failure.
+counters() {
+  local found
+  command -v ncu >/dev/null || { echo "no hardware counters: ncu is not on the PATH"; return 0; }
+  $PYTHON -m bench.kernel_counters || return 1 # it runs, and is compiled outside the tool
+  found=$(mktemp)
+  timeout 240 ncu --clock-control none --profile-from-start off --nvtx --csv --page raw --print-units base \
+    --metrics "$($PYTHON -m bench.kernel_counters --metrics)" --log-file "$found" $PYTHON -m bench.kernel_counters
+  if grep -q '^"[0-9]' "$found"; then
+    grep '^"' "$found" >"$OUT/counters.csv"
+    $PYTHON -m bench.kernel_counters --table "$OUT/counters.csv"
+  else
+    echo "no hardware counters: $(grep -m 1 '==ERROR==' "$found" || echo "ncu measured no kernel")"
+  fi
+}
 
-[ $# -gt 0 ] || set -- build tests sanitizer kernels decoding
+profile() { $PYTHON -m bench.decoder_profile --batch 1 --batch 32 --out "$OUT" "$@"; }
+
+stage_profile() {
+  local failed=0
+  profile --base llama-7b --arm lora:8 $(methods base genarm) || failed=1
+  profile --base llama-8b --arm llama-1b $(methods genarm no-streams) || failed=1
+  counters || failed=1
+  return $failed
+}
+
+stage_tune() {
+  local failed=0
+  $PYTHON -m bench.gpu_linear --out "$OUT" --tune || failed=1
+  $PYTHON -m bench.gpu_kernels --out "$OUT" --tune || failed=1
+  return $failed
+}
+
+[ $# -gt 0 ] || set -- build tests sanitizer kernels linear decoding
 summary="" failed=0
 for stage in "$@"; do
   declare -F "stage_$stage" >/dev/null || { echo "no stage $stage; see the head of $0" >&2; exit 2; }

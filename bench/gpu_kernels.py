@@ -5,8 +5,9 @@ the host are out of it; bfloat16 logits, log-probabilities on. A replay's time o
 the replays. Cold: the steps go round more logits than three L2 caches hold. Warm: one set again and again, which the L2
 holds where it is small enough; a decode loop, whose models have just written the logits, is between the two.
 
-Baselines are captured alike. Peers get the float32 combination, and no log-probabilities to compute. `--tune` times the
-kernels at other shapes of launch instead: Triton's numbers of warps, CUDA's blocks a row.
+Baselines are captured alike. Peers get the float32 combination, and no log-probabilities to compute. A mask takes out
+about half of the tokens, by whole tiles or each by itself; only the backends here are timed with one. `--tune` times
+the kernels at other shapes of launch instead: Triton's numbers of warps, CUDA's blocks a row.
 """
 
 import argparse
@@ -38,8 +39,11 @@ FILTERS: dict[str, dict[str, Any]] = {
     "k+p+min-p": {"top_k": 50, "top_p": 0.9, "min_p": 0.05},
     "p=0.9": {"top_p": 0.9},
 }
+MASKS, MASKED_BATCHES, MASKED_FILTERS = ("tiles", "scattered"), (8, 64), ("none", "k+p")
+_TILE = 1024  # tokens that the kernels read at once
 MAIN_VOCAB = 128256
 TEMPERATURE, WEIGHT = 0.8, 0.7
+PLOTTED_BATCHES = (8, 64)  # over V
 _DISTINCT_ROWS = 17
 _STEPS, _REPLAYS = 20, 15
 DEVICE = "cuda"
@@ -64,11 +68,18 @@ class Case(NamedTuple):
     filters: str
     logits: str
     cache: str
+    mask: str = "none"
 
     @property
     def bytes_read(self) -> int:
-        """The floor: every operand once."""
-        return self.vocab * self.batch * (1 + self.arms) * torch.bfloat16.itemsize
+        """The floor: every operand once, and the mask. Log-probabilities need the masked tokens too."""
+        mask = 0 if self.mask == "none" else self.batch * -(-self.vocab // 32) * torch.int32.itemsize
+        return self.vocab * self.batch * (1 + self.arms) * torch.bfloat16.itemsize + mask
+
+    @property
+    def at_main_shape(self) -> bool:
+        """Where baselines are timed, and targets set."""
+        return (self.vocab, self.arms, self.logits, self.mask) == (MAIN_VOCAB, 1, "peaked", "none")
 
 
 class Time(NamedTuple):
@@ -89,15 +100,34 @@ def cases() -> Iterator[Case]:
     for (vocab, batch, arms, logits), filters in itertools.product(shapes, FILTERS):
         for cache in ("cold", "warm"):
             yield Case(vocab, batch, arms, filters, logits, cache)
+    for mask, batch, filters in itertools.product(MASKS, MASKED_BATCHES, MASKED_FILTERS):
+        for cache in ("cold", "warm"):
+            yield Case(MAIN_VOCAB, batch, 1, filters, "peaked", cache, mask)
+
+
+def sampling_of(case: Case) -> dict[str, Any]:
+    sampling = {"weights": [WEIGHT] * case.arms, "temperature": TEMPERATURE, **FILTERS[case.filters]}
+    return sampling if case.mask == "none" else {**sampling, "token_mask": token_mask(case)}
+
+
+def token_mask(case: Case) -> Tensor:
+    """int32 `[B, words]`, 32 tokens a word: every other tile allowed as a whole, or each token with probability 1/2."""
+    shape = (case.batch, -(-case.vocab // 32))
+    if case.mask == "tiles":
+        allowed = torch.arange(shape[1]) // (_TILE // 32) % 2 == 0
+        words = -allowed.long().expand(shape)
+    else:
+        words = torch.randint(-(2**31), 2**31, shape, generator=torch.Generator().manual_seed(case.vocab))
+    return words.to(DEVICE, torch.int32).contiguous()
 
 
 def subjects(case: Case) -> dict[str, Step]:
     """What runs at a case: every GPU backend; at the main shape what people use today, and the peers that are here."""
-    sampling = {"weights": [WEIGHT] * case.arms, "temperature": TEMPERATURE, **FILTERS[case.filters]}
+    sampling = sampling_of(case)
     found: dict[str, Step] = {
         name: functools.partial(_ours, name, sampling) for name in available_backends() if name in ("triton", "cuda")
     }
-    if (case.vocab, case.arms, case.logits) != (MAIN_VOCAB, 1, "peaked"):
+    if not case.at_main_shape:
         return found
     found["eager"] = lambda base, arms, _: eager(base, arms, **sampling)
     if case.batch == 64:
@@ -168,17 +198,21 @@ def time_of(case: Case, step: Step) -> Time:
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
     sets = max(2, -(-3 * l2 // case.bytes_read)) if case.cache == "cold" else 1
     data = inputs(case, sets)
-    steps = max(_STEPS, sets)
+    return graph_time(lambda position: step(*data[position % sets], position), max(_STEPS, sets))
+
+
+def graph_time(call: Callable[[int], Any], calls: int) -> Time:
+    """Of call(0) ... call(calls - 1) in one CUDA graph, the time of one."""
     side = torch.cuda.Stream()  # a capture needs one, warmed up
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for position in range(2):
-            step(*data[0], position)
+            call(position)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for position in range(steps):
-            step(*data[position % sets], position)
+        for position in range(calls):
+            call(position)
     for _ in range(3):
         graph.replay()
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(_REPLAYS)]
@@ -187,7 +221,7 @@ def time_of(case: Case, step: Step) -> Time:
         graph.replay()
         end.record()
     torch.cuda.synchronize()
-    times = sorted(1e3 * start.elapsed_time(end) / steps for start, end in events)
+    times = sorted(1e3 * start.elapsed_time(end) / calls for start, end in events)
     at = [times[round(share * (len(times) - 1))] for share in (0.5, 0.2, 0.8)]
     return Time(*(round(x, 2) for x in at))
 
@@ -197,7 +231,9 @@ def check(case: Case, step: Step) -> None:
     base, arms = inputs(case, 1)[0]
     got = step(base, arms, 3)
     rows = torch.linspace(0, case.batch - 1, min(4, case.batch), device=DEVICE).long()
-    sampling = {"weights": [WEIGHT] * case.arms, "temperature": TEMPERATURE, **FILTERS[case.filters]}
+    sampling = sampling_of(case)
+    if "token_mask" in sampling:
+        sampling["token_mask"] = sampling["token_mask"][rows]
     law = guided_step(base[rows], [arm[rows] for arm in arms], seed=rows, position=3, backend="reference", **sampling)
     assert torch.equal(got.token[rows], law.token), f"{case}: {got.token[rows].tolist()}, {law.token.tolist()}"
     for name in ("logprob", "log_mass", "base_logprob", "arm_logprobs"):
@@ -301,6 +337,60 @@ def save(path: Path, about: dict[str, Any], results: list[tuple[Case, dict[str, 
     path.write_text("\n".join(["{", *lines, '  "cases": [', "    " + rows, "  ]", "}", ""]))
 
 
+def panels(results: list[tuple[Case, dict[str, Time]]]) -> dict[tuple[str, int, str], dict[int, tuple[Case, Any]]]:
+    """What is plotted: by axis ("B" or "V"), the size that is fixed and the filters; then by the size that is not."""
+    found: dict[tuple[str, int, str], dict[int, tuple[Case, Any]]] = {}
+    for case, times in sorted(results, key=lambda result: (result[0].vocab, result[0].batch)):
+        if times and (case.arms, case.logits, case.cache, case.mask) == (1, "peaked", "cold", "none"):
+            if case.vocab == MAIN_VOCAB:
+                found.setdefault(("B", case.vocab, case.filters), {})[case.batch] = case, times
+            if case.batch in PLOTTED_BATCHES:
+                found.setdefault(("V", case.batch, case.filters), {})[case.vocab] = case, times
+    return found
+
+
+def plot(path: Path, about: dict[str, Any], results: list[tuple[Case, dict[str, Time]]]) -> None:
+    """Microseconds over B and over V: a column for each set of filters, p20 to p80 shaded, the floor dotted."""
+    from bench.report import BASELINE_COLOURS, legend, line, plt
+
+    shown = panels(results)
+    sizes: dict[tuple[str, int], set[int]] = {}
+    for (over, fixed, _), panel in sorted(shown.items()):
+        sizes.setdefault((over, fixed), set()).update(panel)
+    rows = [row for row, found in sizes.items() if row[0] == "B" or len(found) > 1]
+    columns = [name for name in FILTERS if any(name == filters for *_, filters in shown)]
+    if not rows:
+        return
+    size = (1.2 + 3.2 * len(columns), 1.6 + 2.6 * len(rows))
+    figure, axes = plt.subplots(
+        len(rows), len(columns), figsize=size, sharex="row", sharey="row", squeeze=False, layout="constrained"
+    )
+    colours = {"cuda": "tab:blue", "triton": "tab:green", **BASELINE_COLOURS, "flashinfer": "tab:brown", "vllm": "k"}
+    for (i, (over, fixed)), (j, filters) in itertools.product(enumerate(rows), enumerate(columns)):
+        axis, panel = axes[i, j], shown.get((over, fixed, filters), {})
+        for name, colour in colours.items():
+            points = {x: times[name] for x, (_, times) in panel.items() if name in times}
+            line(axis, points, name, color=colour, lw=2 if name in ("cuda", "triton") else 1.2)
+        floor = {x: case.bytes_read / about["copy_gb_s"] / 1e3 for x, (case, _) in panel.items()}
+        axis.plot(floor.keys(), floor.values(), "k:", lw=1.2, label="bytes read / copy bandwidth")
+        axis.set_title(f"{'V' if over == 'B' else 'B'}={fixed}, filters: {filters}", fontsize=9)
+        axis.grid(alpha=0.3)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        ticks = sorted(sizes[over, fixed])
+        names = [str(x) if over == "B" else f"{round(x / 1000)}k" for x in ticks]
+        axis.set_xticks(ticks, names, fontsize=7, rotation=0 if over == "B" else 60)
+        axis.set_xticks([], minor=True)
+        axis.set_xlabel(over)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("µs a step, median")
+    legend(figure, "outside lower center")
+    what = "guided_step in a CUDA graph, one ARM, bfloat16, cold"
+    figure.suptitle(f"{what}\n{about['device']}, torch {about['torch']}, commit {about['commit']}", fontsize=9)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def shapes_of_launch() -> Iterator[tuple[str, str]]:
     """A backend and a shape in words, which is in force until the next one is asked for."""
     ours = available_backends()
@@ -365,15 +455,21 @@ def main() -> int:
     for column in (*Case._fields, "subject", "us", "p20-p80", "GB/s", "% of copy"):
         table.add_column(column, justify="right")
     results: list[tuple[Case, dict[str, Time]]] = []
-    for case in cases():
-        if options.quick and (case.vocab, case.arms, case.logits) != (MAIN_VOCAB, 1, "peaked"):
-            continue
-        measured = {name: measure(case, name, step) for name, step in subjects(case).items()}
-        times = {name: t for name, t in measured.items() if t is not None}
-        results.append((case, times))
-        show(case, times, about["copy_gb_s"], table)
-        print(json.dumps(case._asdict() | times), flush=True)
-        save(out / "kernels.json", about, results)  # whatever ends the run, what was measured is there
+    try:
+        for case in cases():
+            if options.quick and not case.at_main_shape:
+                continue
+            measured = {name: measure(case, name, step) for name, step in subjects(case).items()}
+            times = {name: t for name, t in measured.items() if t is not None}
+            results.append((case, times))
+            show(case, times, about["copy_gb_s"], table)
+            print(json.dumps(case._asdict() | times), flush=True)
+            save(out / "kernels.json", about, results)  # whatever ends the run, what was measured is there
+    finally:
+        try:
+            plot(out / "kernels.png", about, results)
+        except ImportError as error:
+            print(f"no plot: {error}")
     claims = list(verdicts(results))
     console = Console(width=150)
     console.print(table)

@@ -8,7 +8,7 @@ import argparse
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -190,10 +190,13 @@ def plot(run: Run, path: Path) -> None:
         for subject in run.subjects:
             colour = BASELINE_COLOURS.get(subject, "tab:blue" if subject == run.ours else "tab:green")
             width = 2.2 if subject == run.ours else 1.2
-            _line(axis, run, [key for key in panel if key[0] == "peaked"], subject, subject, color=colour, lw=width)
+            peaked, flat = (
+                {key[2]: run.times[key][subject] for key in panel if key[0] == logits and subject in run.times[key]}
+                for logits in ("peaked", "flat")
+            )
+            line(axis, peaked, subject, color=colour, lw=width)
             if subject == run.ours:
-                flat = [key for key in panel if key[0] == "flat"]
-                _line(axis, run, flat, subject, f"{subject}, flat rows", color="tab:cyan", ls="--")
+                line(axis, flat, f"{subject}, flat rows", color="tab:cyan", ls="--")
         floor = {key[2]: run.bytes_read[key] / run.environment["read_gb_s"] / 1e3 for key in panel}
         axis.plot(floor.keys(), floor.values(), "k:", lw=1.2, label="one read of the logits")
         axis.set_yscale("log")
@@ -205,21 +208,26 @@ def plot(run: Run, path: Path) -> None:
         axis.set_ylabel("µs, median")
     for axis in axes[-1]:
         axis.set_xlabel("V")
-    labelled = {
-        label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(labelled.values(), labelled.keys(), loc="outside upper center", ncols=4, fontsize=8)
+    legend(figure, "outside upper center")
     machine = "{device}: {machine}, {threads} threads, torch {torch}, commit {commit}".format(**run.environment)
     figure.supxlabel(f"guided_step, one ARM, bfloat16, cold. {machine}", fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def _line(axis: Any, run: Run, keys: list[Key], subject: str, label: str, **style: Any) -> None:
-    points = {key[2]: run.times[key][subject] for key in keys if subject in run.times[key]}
+def legend(figure: Any, where: str) -> None:
+    """One for all panels."""
+    labelled = {
+        label: drawn for axis in figure.axes for drawn, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(labelled.values(), labelled.keys(), loc=where, ncols=4, fontsize=8)
+
+
+def line(axis: Any, points: Mapping[int, tuple[float, float, float]], label: str, **style: Any) -> None:
+    """Medians over what they are the times of, p20 to p80 shaded; nothing where there are none."""
     if points:
-        axis.plot(points.keys(), [time.median for time in points.values()], marker="o", ms=3, label=label, **style)
-        low, high = ([time[i] for time in points.values()] for i in (1, 2))
+        medians, low, high = zip(*points.values(), strict=True)
+        axis.plot(points.keys(), medians, marker="o", ms=3, label=label, **style)
         axis.fill_between(points.keys(), low, high, color=style["color"], alpha=0.2, lw=0)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from genarm_kernels import available_backends, guided_log_softmax, guided_step
 from genarm_kernels.backends import cuda
+from genarm_kernels.low_rank import shared_linear
 from genarm_kernels.testing import make_logits, random_case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,6 +38,18 @@ def main() -> None:
             if "--unchecked" not in sys.argv:
                 law_whole = guided_log_softmax(base, [arm], 0.5, backend="reference")
                 torch.testing.assert_close(whole, law_whole, rtol=1e-6, atol=1e-5)
+    if "triton" in OURS:
+        for rows, ranks, width, height in ((2, 8, 264, 70), (64, 64, 128, 40)):
+            x, weight, down, up = (
+                make_logits("normal", shape, torch.float16, seed, DEVICE)
+                for seed, shape in enumerate([(rows, width), (height, width), (ranks, width), (ranks, height)])
+            )
+            owners = torch.ones(ranks, dtype=torch.int32, device=DEVICE)
+            y = shared_linear(x[:, None], weight, None, down, up, owners, 2)[:, 0]
+            if "--unchecked" not in sys.argv:
+                expected = x.float() @ weight.float().t()
+                expected[1::2] += (x[1::2].float() @ down.float().t()) @ up.float()
+                torch.testing.assert_close(y.float(), expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     print(f"{len(cases)} calls on {', '.join(OURS)}")

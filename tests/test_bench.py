@@ -1,10 +1,12 @@
 """The benchmark of guided_step runs, its baselines do the same job, its checks find mistakes, its report reads it."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -266,7 +268,9 @@ def test_gpu_kernels_without_a_gpu(tmp_path, monkeypatch, capsys):
     assert gpu_kernels.main() == 1
 
     kept, shown = json.loads((tmp_path / "kernels.json").read_text()), capsys.readouterr().out
-    assert len(kept["cases"]) == len(checked) == 2 * 2 * 4 * 2
+    assert len(kept["cases"]) == len(checked) == 2 * 2 * 4 * 2 + 2 * 2 * 2 * 2
+    assert [case["mask"] for case in kept["cases"] if case["mask"] != "none"] == ["tiles"] * 8 + ["scattered"] * 8
+    assert (tmp_path / "kernels.png").read_bytes().startswith(b"\x89PNG")
     assert kept["device"] == "NVIDIA None" and kept["call_us"] == {"triton": 33.0}
     failed = [case for case in kept["cases"] if "triton" not in case]
     assert failed and all(case["filters"] == "p=0.9" and case["cache"] == "warm" for case in failed)
@@ -274,6 +278,245 @@ def test_gpu_kernels_without_a_gpu(tmp_path, monkeypatch, capsys):
     assert "triton none B=1: us: 1 (bound 9) holds" in shown and "triton none B=64: us: 64 (bound 14) MISSED" in shown
     assert "triton none B=256: us: None (bound 42) not measured" in shown
     assert "times faster than eager: 1.0 (bound 20) MISSED" in shown
+
+
+@pytest.mark.parametrize("mask", ["tiles", "scattered"])
+def test_a_masked_step_is_checked(mask, monkeypatch):
+    """The mask takes out about half of the tokens, its bytes count, and the check holds a backend to it."""
+    from bench import gpu_kernels
+
+    monkeypatch.setattr(gpu_kernels, "DEVICE", "cpu")
+    case = gpu_kernels.Case(5000, 8, 1, "k+p", "peaked", "cold", mask)
+    assert case.bytes_read == 2 * 2 * 8 * 5000 + 8 * 4 * 157 and not case.at_main_shape
+    words = gpu_kernels.token_mask(case)
+    allowed = (words[:, :, None] >> torch.arange(32) & 1).flatten(1)[:, :5000].bool()
+    if mask == "tiles":
+        assert all(tile.unique(dim=1).shape[1] == 1 for tile in allowed.split(1024, 1))
+    else:
+        assert 0.3 < allowed[:, :1024].float().mean() < 0.7 and (allowed[0] != allowed[1]).any()
+    assert 0.4 < allowed.float().mean() < 0.65
+
+    def step(sampling):
+        return lambda base, arms, position: guided_step(base, arms, position=position, backend="reference", **sampling)
+
+    sampling = gpu_kernels.sampling_of(case)
+    gpu_kernels.check(case, step(sampling))
+    with pytest.raises(AssertionError, match=mask):
+        gpu_kernels.check(case, step({name: value for name, value in sampling.items() if name != "token_mask"}))
+
+
+def test_plot_of_the_kernels_shows_what_was_measured(tmp_path, monkeypatch):
+    """Cold peaked rows alone, by size; the floor is what they read over the bandwidth; a run may have been cut off."""
+    from bench import gpu_kernels
+
+    monkeypatch.setattr(report.plt, "close", lambda figure: None)
+    time = {"triton": gpu_kernels.Time(20.0, 19.0, 21.0)}
+    results = [
+        (case, time | ({"eager": gpu_kernels.Time(50.0, 50.0, 50.0)} if case.at_main_shape else {}))
+        for case in gpu_kernels.cases()
+        if case.filters == "none" or (case.filters == "k+p" and case.batch == 8)
+    ]
+    about = {"device": "a GPU", "torch": "2", "commit": "abc", "copy_gb_s": 4000.0}
+    gpu_kernels.plot(tmp_path / "kernels.png", about, results)
+    axes = report.plt.gcf().axes
+    titles = [axis.get_title() for axis in axes]
+    assert titles == [f"{row}, filters: {name}" for row in ("V=128256", "B=8", "B=64") for name in ("none", "k+p")]
+    lines = {line.get_label(): dict(zip(*line.get_data(), strict=True)) for line in axes[0].get_lines()}
+    for name, microseconds in (("triton", 20), ("eager", 50)):
+        assert lines[name] == dict.fromkeys((1, 8, 64, 256), microseconds)
+    assert lines["bytes read / copy bandwidth"][64] == pytest.approx(4 * 128256 * 64 / 4000e9 * 1e6)
+    over_vocab = {line.get_label(): line.get_data()[0].tolist() for line in axes[2].get_lines()}
+    assert over_vocab["triton"] == [32000, 50257, 128256, 151936, 256000] and over_vocab["eager"] == [128256]
+    assert not axes[5].get_lines()[:-1]  # of B = 64 with k+p nothing was measured
+
+    first = [result for result in results if result[0].batch == 8][:1]
+    for few, rows in ((first, 1), ([], 0), ([(first[0][0], {})], 0)):
+        path = tmp_path / f"{len(few)}{rows}.png"
+        gpu_kernels.plot(path, about, few)
+        assert path.exists() == bool(rows)
+        assert not rows or len(report.plt.gcf().axes) == rows
+
+
+def intervals(*rows):
+    from bench.decoder_profile import Interval
+
+    return [Interval(name, stream, float(start), float(end)) for name, stream, start, end in rows]
+
+
+def test_timeline_of_a_step():
+    """Two steps after one that does not count; kernels of two streams side by side, gaps between some."""
+    from bench import decoder_profile
+
+    to_host, gemm = "Memcpy DtoH (Device -> Pinned)", "nvjet_tst_128x8"
+    found = decoder_profile.summary(
+        intervals(
+            ("before", 7, 0, 90),
+            (to_host, 7, 90, 100),
+            (gemm, 7, 110, 150),  # a gap of 10
+            (gemm, 8, 130, 160),  # 20 at once on two streams
+            ("void genarm::tile_pass<float>(Arguments)", 7, 160, 170),
+            (to_host, 7, 175, 180),  # a gap of 5
+            (gemm, 7, 180, 200),
+            ("row_pass", 7, 200, 212),
+            ("row_pass", 7, 205, 220),  # at once, but on one stream
+            (to_host, 7, 220, 240),
+            ("after", 7, 250, 260),
+        ),
+        steps=2,
+    )
+    assert {key: value for key, value in found.items() if isinstance(value, float)} == {
+        "step_us": 70, "busy_us": 62.5, "idle_us": 7.5, "gaps": 1, "longest_gap_us": 10, "two_streams_us": 10,
+        "kernels": 3,
+    }  # fmt: skip
+    assert found["kinds"] == [["matrix products", 1.5, 45], ["ours, sampling", 1.5, 18.5], ["copies", 1, 12.5]]
+    assert found["names"] == [
+        [gemm, "matrix products", 1.5, 45],
+        ["row_pass", "ours, sampling", 1, 13.5],
+        [to_host, "copies", 1, 12.5],
+        ["tile_pass<float>(Arguments)", "ours, sampling", 0.5, 5],
+    ]
+    with pytest.raises(ValueError, match="1 copies to the host"):
+        decoder_profile.summary(intervals((to_host, 7, 0, 1)), steps=1)
+
+
+def test_kinds_of_kernels():
+    from bench.decoder_profile import kind_of
+
+    for name, kind in {
+        "row_pass": "ours, sampling",
+        "void genarm::cluster_filtered_step<__nv_bfloat16>(genarm::Arguments)": "ours, sampling",
+        "fmha_cutlassF_bf16_aligned_64x64_rf_sm80": "attention",
+        "void cublasLt::splitKreduce_kernel<32, 16, int>": "matrix products",
+        "Memset (Device)": "copies",
+        "void at::native::elementwise_kernel<128, 4, at::native::direct_copy_kernel_cuda>": "copies",
+        "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float> >": "elementwise",
+        "triton_red_fused__to_copy_add_mean_mul_rsqrt_0": "elementwise",
+        "void at::native::sbtopk::gatherTopK<float>": "elementwise",
+        "whatever": "other",
+    }.items():
+        assert kind_of(name) == kind, name
+
+
+def test_profiler_s_events_become_intervals(tmp_path, monkeypatch):
+    """By the profiler itself, a CPU's operators for kernels; annotations and what is not on the device stay out."""
+    from bench import decoder_profile
+
+    def run():
+        with torch.profiler.record_function("annotation"):
+            return torch.ones(3).exp()
+
+    for name, value in {
+        "DEVICE": "cpu", "ACTIVITY": torch.profiler.ProfilerActivity.CPU, "RECORDED": torch.autograd.DeviceType.CPU
+    }.items():  # fmt: skip
+        monkeypatch.setattr(decoder_profile, name, value)
+    found = {one.name: one for one in decoder_profile.record(run, tmp_path / "trace.json.gz")}
+    assert {"aten::ones", "aten::exp"} <= found.keys() and "annotation" not in found
+    assert 0 < found["aten::ones"].start < found["aten::ones"].end <= found["aten::exp"].start
+    assert (tmp_path / "trace.json.gz").read_bytes().startswith(b"\x1f\x8b")
+
+    def event(device_type):
+        options = {"id": 0, "name": "a", "thread": 1, "start_us": 2.0, "end_us": 3.5, "device_resource_id": 9}
+        return torch.autograd.profiler_util.FunctionEvent(**options, device_type=device_type)
+
+    monkeypatch.undo()
+    kinds = torch.autograd.DeviceType
+    assert decoder_profile.intervals_of([event(kinds.CPU), event(kinds.CUDA)]) == intervals(("a", 9, 2.0, 3.5))
+
+
+def test_decoder_profile_without_a_gpu(tmp_path, monkeypatch, capsys):
+    """From arguments to the file and the table, on tiny models; what the profiler would record is made up."""
+    from bench import decoder_profile
+    from genarm import benchmark
+    from test_benchmark import TINY
+
+    command = ["decoder_profile", "--base", "tiny", "--arm", "tiny", "--batch", "2", "--method", "genarm"]
+    monkeypatch.setattr("sys.argv", [*command, "--method", "base", "--steps", "1", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        decoder_profile.main()
+    assert capsys.readouterr().err.endswith("error: needs an NVIDIA GPU\n")
+
+    decoded = []
+
+    def record(run, trace):
+        decoded.append(run())
+        copies = [("Memcpy DtoH", 7, 10 * i, 10 * i + 5) for i in range(9)]
+        return intervals(*copies, ("row_pass", 7, 86, 88), ("Memcpy DtoH", 7, 90, 95))
+
+    monkeypatch.setitem(benchmark.SHAPES, "tiny", TINY)
+    monkeypatch.setattr(benchmark, "read_bandwidth", lambda device: 10.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(decoder_profile, "DEVICE", "cpu")
+    monkeypatch.setattr(decoder_profile, "record", record)
+    assert decoder_profile.main() == 0
+    assert [len(result.tokens[0]) for result in decoded] == [1 + decoder_profile._SETTLE] * 2
+    kept = json.loads((tmp_path / "decoder_profile-tiny+tiny.json").read_text())
+    assert (kept["base"], kept["arms"], kept["steps"]) == ("tiny", ["tiny"], 1) and kept["commit"]
+    guided, base = kept["profiles"]
+    assert (guided["method"], guided["batch"], base["method"]) == ("genarm", 2, "base")
+    assert guided["floor_us"] == pytest.approx(2 * base["floor_us"], abs=2e-3) and guided["unrecorded_us"] > 0
+    assert (guided["step_us"], guided["idle_us"], guided["kernels"]) == (10, 3, 1)
+    assert guided["names"] == [["Memcpy DtoH", "copies", 1, 5], ["row_pass", "ours, sampling", 1, 2]]
+    assert "tiny + tiny" in capsys.readouterr().out
+
+    for wrong, message in ((["--steps", "0"], "--steps: expected at least 1"), (["--base", "./no"], "no such folder")):
+        monkeypatch.setattr("sys.argv", [*command, *wrong])
+        with pytest.raises(SystemExit):
+            decoder_profile.main()
+        assert message in capsys.readouterr().err
+
+
+def test_every_case_that_is_counted_runs_once(monkeypatch):
+    """Warm, in a range of its name, after the profiler's start."""
+    from bench import gpu_kernels, kernel_counters
+
+    launched, ranges = [], []
+
+    @contextlib.contextmanager
+    def entered(name):
+        ranges.append(name)
+        yield
+        ranges.remove(name)
+
+    for name, value in {"BATCHES": (1, 8), "MAIN_VOCAB": 1500, "DEVICE": "cpu"}.items():
+        monkeypatch.setattr(gpu_kernels, name, value)
+    monkeypatch.setattr(gpu_kernels, "available_backends", lambda: ("reference", "triton", "cuda"))
+    monkeypatch.setattr(gpu_kernels, "_ours", lambda name, _, base, *rest: launched.append((*ranges, name, len(base))))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda.profiler, "profile", lambda: entered("counted"))
+    monkeypatch.setattr(torch.cuda.nvtx, "range", entered)
+    kernel_counters.launch()
+    cases = [(f, b, name) for f in ("none", "k+p+min-p") for b in (1, 8) for name in ("triton", "cuda")]
+    assert launched[:8] == [(name, b) for _, b, name in cases]
+    assert launched[8:] == [("counted", f"{name} {f} B={b}", name, b) for f, b, name in cases]
+
+
+def test_counters_in_a_table(tmp_path, monkeypatch, capsys):
+    """As ncu writes them: ranges in a column of their own, units in the second line, commas in numbers."""
+    from bench import kernel_counters
+
+    stall = kernel_counters.STALL.format
+    columns = {
+        "ID": ("", "0", "1"),
+        "thread Domain:Push/Pop_Range:PL_Type:PL_Value:CLR_Type:Color:Msg_Type:Msg": (
+            "", "1:<default domain>:triton k+p+min-p B=64:none:none:none:none:none", "",
+        ),
+        "Kernel Name": ("", "tile_pass", "void genarm::row_pass<float, 2>(genarm::Arguments)"),
+        "dram__bytes_read.sum": ("byte", "32,833,536", "n/a"),
+        "gpu__time_duration.sum": ("ns", "12,345", "5,000"),
+        stall("wait"): ("inst", "1.5", "0"),
+        stall("long_scoreboard"): ("inst", "20.25", "0"),
+    }  # fmt: skip
+    lines = [",".join(f'"{cell}"' for cell in row) for row in (columns, *zip(*columns.values(), strict=True))]
+    assert kernel_counters.rows(lines) == [
+        ["triton", "k+p+min-p", "64", "tile_pass", "12.35", "32.83", "", "", "", "long_scoreboard 20.2, wait 1.5"],
+        ["", "", "", "genarm::row_pass<float, 2>", "5", "", "", "", "", ""],
+    ]
+    (tmp_path / "counters.csv").write_text("\n".join(lines))
+    monkeypatch.setattr("sys.argv", ["kernel_counters", "--table", str(tmp_path / "counters.csv")])
+    assert kernel_counters.main() == 0 and "long_scoreboard 20.2" in capsys.readouterr().out
+    assert kernel_counters._IN_RANGE.search(kernel_counters._RANGE.format("cuda", "none", 8)).groups() == (
+        "cuda", "none", "8",
+    )  # fmt: skip
 
 
 def test_shapes_of_launch_are_put_back(monkeypatch):
@@ -286,3 +529,48 @@ def test_shapes_of_launch_are_put_back(monkeypatch):
         seen.append((name, shape, launch.OPTIONS[launch.tile_pass]["num_warps"]))
     assert len(set(seen)) == 6 and {warps for *_, warps in seen} == {1, 2, 4}
     assert kept == launch.OPTIONS
+
+
+@pytest.mark.skipif("triton" not in available_backends(), reason="the Triton backend cannot run here")
+def test_gpu_linear_without_a_gpu(tmp_path, monkeypatch, capsys):
+    """Every layer and subject, the right answers checked, a model's sum; other tiles, of which one does not run."""
+    from bench import gpu_linear
+    from genarm_kernels.backends.triton import shared_linear
+
+    called = []
+
+    def graph_time(call, calls):
+        called.append(call(0).shape)
+        return gpu_linear.Time(float(len(call(1))), 1.0, 2.0)  # microseconds: its rows
+
+    stand_ins = {
+        "graph_time": graph_time, "DEVICE": "cpu", "environment": lambda: {"copy_gb_s": 4000.0, "call_us": {}},
+        "LAYERS": {"square": (64, 64, 4), "wide": (64, 96, 2)}, "BATCHES": (1, 8), "BLOCKS": 1000,
+    }  # fmt: skip
+    for name, value in stand_ins.items():
+        monkeypatch.setattr(gpu_linear, name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(L2_cache_size=10_000))
+    monkeypatch.setattr("sys.argv", ["gpu_linear", "--out", str(tmp_path)])
+    assert gpu_linear.main() == 0
+    rows = json.loads((tmp_path / "linear.json").read_text())["results"]
+    assert [row["subject"] for row in rows] == [*gpu_linear.SUBJECTS] * 4 and len(called) == 16
+    assert called[:4] == [(1, 1, 64), (2, 1, 64), (2, 1, 64), (2, 1, 64)] and called[-1] == (16, 1, 96)
+    shown = capsys.readouterr().out
+    assert "B=8, ms a step of a 7B's linear layers: base 48.00, rows 96.00, torch 96.00, fused 96.00" in shown
+    assert "base / fused: 0.500" in shown
+
+    monkeypatch.setattr(
+        gpu_linear, "TILES", {"BLOCK_N": (32, 24), "BLOCK_K": (64,), "WARPS": (4,), "MOST_STAGES": (3,)}
+    )
+    for name in gpu_linear.TILES:
+        monkeypatch.setattr(shared_linear, name, getattr(shared_linear, name))
+    monkeypatch.setattr("sys.argv", ["gpu_linear", "--out", str(tmp_path), "--tune"])
+    assert gpu_linear.main() == 0
+    good, bad = json.loads((tmp_path / "linear_tune.json").read_text())["results"]
+    assert good["BLOCK_N"] == 32 and good["ms, B=1"] == 12 and "error" in bad  # 24 is no power of two
+    assert "fastest at B = 1: {'BLOCK_N': 32" in capsys.readouterr().out
+
+    monkeypatch.setattr(gpu_linear.ops, "shared_linear", lambda x, weight, *rest: x @ weight.t())
+    with pytest.raises(AssertionError, match="fused: off by"):
+        gpu_linear._compare(tmp_path)

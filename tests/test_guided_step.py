@@ -394,6 +394,19 @@ def test_parameters_per_row(backend: str, name: str) -> None:
             assert_same(alone[b], together, slice(b, b + 1))
 
 
+@pytest.mark.parametrize("vocab", [1111, 1112])
+def test_a_row_alone_and_in_a_batch(backend: str, vocab: int) -> None:
+    """To the last bit, also where rows begin on no boundary: what a request draws is not its neighbours' affair."""
+    base, arm = (make_logits("normal", (5, vocab), torch.bfloat16, seed) for seed in range(2))
+    for filters in ({}, {"top_k": 50, "top_p": 0.9}):
+        together = guided_step(base, [arm], 0.7, **filters, seed=3, backend=backend)
+        for b in range(5):
+            for row in ((base[b : b + 1], arm[b : b + 1]), (base[b : b + 1].clone(), arm[b : b + 1].clone())):
+                alone = guided_step(row[0], [row[1]], 0.7, **filters, seed=3 + b, backend=backend)
+                for name, mine, theirs in zip(GuidedStep._fields, alone, together, strict=True):
+                    assert torch.equal(mine, theirs[b : b + 1]), (name, b, mine, theirs)
+
+
 def test_int32_seed_and_position(backend: str) -> None:
     base = make_logits("flat", (3, 300))
     wide, narrow = (

@@ -16,11 +16,9 @@ if interpreted():
 
     mend()
 
-_BLOCK_N, _BLOCK_K = 32, 128
-_WARPS = 4
-# Tiles on their way at once, where they fit: 4 times 8 KB of weights in each of two programs on an SM. Not measured on
-# a GPU yet (bench/results/README.md).
-_MOST_STAGES = 5
+# By reckoning, not measured on a GPU yet (bench/results/README.md): the smallest layers of a 7B model make a program an
+# SM, which has 4 tiles of 8 KB of weights on their way.
+BLOCK_N, BLOCK_K, WARPS, MOST_STAGES = 32, 128, 4, 5
 
 
 @triton.jit(do_not_specialize=["rows", "operands", "ranks"])
@@ -77,13 +75,13 @@ def shared_linear_kernel(
 
 def constants(rows: int, ranks: int, bias: bool) -> dict[str, Any]:
     block_m, block_r = (max(16, triton.next_power_of_2(count)) for count in (rows, ranks))
-    return {"BIAS": bias, "BLOCK_M": block_m, "BLOCK_R": block_r, "BLOCK_N": _BLOCK_N, "BLOCK_K": _BLOCK_K}
+    return {"BIAS": bias, "BLOCK_M": block_m, "BLOCK_R": block_r, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K}
 
 
 def options(values: dict[str, Any], most_shared: int) -> dict[str, int]:
     """For a GPU whose blocks have up to `most_shared` bytes of shared memory."""
-    stage = 2 * _BLOCK_K * (values["BLOCK_M"] + values["BLOCK_R"] + _BLOCK_N)
-    return {"num_warps": _WARPS, "num_stages": min(_MOST_STAGES, (most_shared - 1024) // stage)}
+    stage = 2 * BLOCK_K * (values["BLOCK_M"] + values["BLOCK_R"] + BLOCK_N)
+    return {"num_warps": WARPS, "num_stages": max(1, min(MOST_STAGES, (most_shared - 1024) // stage))}
 
 
 @functools.cache
@@ -114,7 +112,7 @@ def launch(
     (height, width), ranks = weight.shape, len(down)
     values = constants(len(x), ranks, bias is not None)
     with torch.cuda.device_of(x):  # nothing on a CPU
-        shared_linear_kernel[(triton.cdiv(height, _BLOCK_N),)](
+        shared_linear_kernel[(triton.cdiv(height, BLOCK_N),)](
             y,
             x,
             weight,
