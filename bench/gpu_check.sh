@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, for a machine without a network: bench/gpu_check.sh [STAGE...]
+# Everything that needs an NVIDIA GPU, for a machine without a network: bench/gpu_check.sh [all | STAGE...]
 #
-# Stages, each well under ten minutes:
+# Stages, each well under ten minutes; without a name those down to `decoding`:
 #   build      the compiled parts, in place, for this GPU, and every Triton kernel, whose registers are checked
 #   tests      the tests marked `gpu`, then the contract tests on the GPU's backends
 #   sanitizer  compute-sanitizer: memcheck, racecheck, initcheck, synccheck on small shapes
 #   kernels    bench/gpu_kernels.py: time of a step, cold and warm, against baselines and the copy bandwidth
 #   linear     bench/gpu_linear.py: a linear layer with a LoRA ARM, in one launch, by PyTorch, and the base's rows alone
 #   decoding   bench/tokens_per_second.py: tokens/s of 7B + 7B, 7B + LoRA, 7B + 1B and 8B + 1B shapes, each switch apart
-#   batches    the same at batches 8 and 128, and with compiled forwards; not among the default stages
+#   batches    the same at batches 8 and 128
+#   compiled   the same with compiled forwards
 #   profile    a decoding step's timeline (bench/decoder_profile.py); hardware counters of the sampling kernels, where
-#              Nsight Compute is and may read them (bench/kernel_counters.py); not among the default stages
-#   tune       the same kernels at other shapes of launch; not among the default stages
+#              Nsight Compute is and may read them (bench/kernel_counters.py)
+#   tune       the kernels at other shapes of launch
 # A log of each, the JSON files and the plots go to OUT (default bench/results/<device>); a short table is printed last.
 # PYTHON (python3), GENARM_COMMIT (where there is no git) and KERNELS_ARGS (--quick) may be set.
 set -uo pipefail
@@ -73,9 +74,13 @@ stage_decoding() {
 }
 
 stage_batches() {
-  local failed=0 OUT=$OUT/batches
-  tokens --base llama-8b --arm llama-1b --batch 8 --batch 128 $(methods naive genarm) || failed=1
-  OUT=${OUT%batches}compiled tokens --base llama-8b --arm llama-1b --batch 1 $(methods genarm compile) || failed=1
+  OUT=$OUT/batches tokens --base llama-8b --arm llama-1b --batch 8 --batch 128 $(methods naive genarm)
+}
+
+stage_compiled() {
+  local failed=0 OUT=$OUT/compiled
+  tokens --base llama-7b --arm llama-7b --batch 1 $(methods genarm compile) || failed=1
+  tokens --base llama-8b --arm llama-1b --batch 1 --batch 32 $(methods genarm compile) || failed=1
   return $failed
 }
 
@@ -112,7 +117,9 @@ stage_tune() {
   return $failed
 }
 
-[ $# -gt 0 ] || set -- build tests sanitizer kernels linear decoding
+default="build tests sanitizer kernels linear decoding"
+[ $# -gt 0 ] || set -- $default
+[ "$1" != all ] || set -- $default batches compiled profile tune
 summary="" failed=0
 for stage in "$@"; do
   declare -F "stage_$stage" >/dev/null || { echo "no stage $stage; see the head of $0" >&2; exit 2; }

@@ -27,7 +27,7 @@ from genarm_kernels import low_rank, ops
 LAYERS = {"q, k, v, o": (4096, 4096, 4), "gate, up": (4096, 11008, 2), "down": (11008, 4096, 1)}  # in, out, a block's
 BLOCKS, RANK, BATCHES = 32, 8, (1, 8, 32)
 SUBJECTS = ("base", "rows", "torch", "fused")
-TILES = {"BLOCK_N": (16, 32, 64), "BLOCK_K": (64, 128, 256), "WARPS": (4, 8), "MOST_STAGES": (3, 5, 7)}
+TILES = {"BLOCK_N": (16, 32, 64), "BLOCK_K": (64, 128, 256), "WARPS": (4, 8), "MOST_STAGES": (4, 6)}
 
 
 class Layer:
