@@ -36,12 +36,12 @@ _TO_HOST = "Memcpy DtoH"
 
 # The first that matches. A fused kernel's name lists all that it does; attention kernels may be CUTLASS's.
 KINDS = (
-    ("elementwise", r"^triton_(poi|red|per)_"),
+    ("elementwise", r"^triton_(poi|red|per|for)_"),
     ("ours, sampling", r"\b(tile_pass|row_pass|whole_row_pass|whole_pass|cluster_\w+)\b"),
     ("ours, linear", r"\bshared_linear"),
     ("attention", r"flash|fmha|attention|sdpa"),
-    ("matrix products", r"gemm|gemv|nvjet|cutlass|xmma|splitk|cublas"),
-    ("copies", r"^mem(cpy|set)|copy_kernel|CatArray"),
+    ("matrix products", r"gemm|gemv|nvjet|cutlass|xmma|splitk|cublas|^triton_tem_"),
+    ("copies", r"^mem(cpy|set)|direct_copy_kernel|CatArray"),
     ("elementwise", r"elementwise|reduce|softmax|index|gather|scatter"),
 )
 
@@ -191,6 +191,7 @@ def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     for batch, method in runs:  # all of them before the profiler is loaded
         with warm(models, method, batch, tokens) as run:
             seconds = [models._seconds(run, tokens) - models._seconds(run, 1) for _ in range(_ROUNDS)]
+        del run  # and the decoder behind it
         unrecorded[batch, method] = round(1e6 * statistics.median(seconds) / (tokens - 1), 3)
 
     name = "decoder_profile-" + "+".join(Path(one.replace(":", "-")).name for one in (base, *arms))
@@ -199,6 +200,7 @@ def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
         trace = options.out / f"{name}-{method}-{batch}.trace.json.gz" if options.trace else None
         with warm(models, method, batch, tokens) as run:
             found = summary(record(functools.partial(run, tokens), trace), options.steps)
+        del run
         floor = round(models.floor_bytes_of(method) / about["read_gb_s"] / 1e3, 3)
         measured = {"unrecorded_us": unrecorded[batch, method], "floor_us": floor, **found}
         profiles.append({"method": method, "batch": batch, **measured})

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, for a machine without a network: bench/gpu_check.sh [all | STAGE...]
 #
-# Stages, each well under ten minutes; without a name those down to `decoding`:
+# Stages, each meant to end within ten minutes; without a name those down to `decoding`:
 #   build      the compiled parts, in place, for this GPU, and every Triton kernel, whose registers are checked
 #   tests      the tests marked `gpu`, then the contract tests on the GPU's backends
 #   sanitizer  compute-sanitizer: memcheck, racecheck, initcheck, synccheck on small shapes
@@ -81,6 +81,7 @@ stage_compiled() {
   local failed=0 OUT=$OUT/compiled
   tokens --base llama-7b --arm llama-7b --batch 1 $(methods genarm compile) || failed=1
   tokens --base llama-8b --arm llama-1b --batch 1 --batch 32 $(methods genarm compile) || failed=1
+  tokens --base llama-7b --arm lora:8 --batch 1 $(methods base genarm compile) || failed=1
   return $failed
 }
 

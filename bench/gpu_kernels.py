@@ -468,8 +468,8 @@ def main() -> int:
     finally:
         try:
             plot(out / "kernels.png", about, results)
-        except ImportError as error:
-            print(f"no plot: {error}")
+        except Exception as error:  # must not hide what ended the run
+            print(f"no plot: {type(error).__name__}: {error}")
     claims = list(verdicts(results))
     console = Console(width=150)
     console.print(table)

@@ -1,4 +1,4 @@
-"""Time of a linear layer for a base and a LoRA ARM on an NVIDIA GPU: `python -m bench.gpu_linear [--out DIR] [--tune]`,
+"""Time of a linear layer for a base and a LoRA ARM on an NVIDIA GPU: `python -m bench.gpu_linear --out DIR [--tune]`,
 a stage of gpu_check.sh.
 
 The layers of a 7B Llama, bfloat16, rank 8, one token a row, in a CUDA graph that goes round more weights than three L2
@@ -24,10 +24,16 @@ from torch.nn import functional as F  # noqa: N812
 from bench.gpu_kernels import DEVICE, Time, environment, graph_time
 from genarm_kernels import low_rank, ops
 
-LAYERS = {"q, k, v, o": (4096, 4096, 4), "gate, up": (4096, 11008, 2), "down": (11008, 4096, 1)}  # in, out, a block's
+# in, out, how many a block of a 7B has; "k, v": of an 8B
+LAYERS = {
+    "q, k, v, o": (4096, 4096, 4),
+    "gate, up": (4096, 11008, 2),
+    "down": (11008, 4096, 1),
+    "k, v": (4096, 1024, 0),
+}
 BLOCKS, RANK, BATCHES = 32, 8, (1, 8, 32)
 SUBJECTS = ("base", "rows", "torch", "fused")
-TILES = {"BLOCK_N": (16, 32, 64), "BLOCK_K": (64, 128, 256), "WARPS": (4, 8), "MOST_STAGES": (4, 6)}
+TILES = {"BLOCK_N": (16, 32, 64), "BLOCK_K": (64, 128, 256), "WARPS": (4, 8), "MOST_STAGES": (3, 5)}
 
 
 class Layer:
@@ -42,7 +48,7 @@ class Layer:
             return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) * shape[-1] ** -0.5
 
         self.weights = [numbers(height, width) for _ in range(self.copies)]
-        self.down, self.up = numbers(RANK, width), numbers(RANK, height)
+        self.down, self.up = numbers(RANK, width), torch.randn(RANK, height, device=DEVICE, dtype=torch.bfloat16)
         self.owners = torch.ones(RANK, dtype=torch.int32, device=DEVICE)
         self.rows, self.base_rows = numbers(2 * batch, 1, width), numbers(batch, 1, width)
 
@@ -115,11 +121,11 @@ def main() -> int:
 
 
 def _tune(out: Path) -> int:
-    rows = []
+    about, rows = environment_of(), []
     for row in tune():
         rows.append(row)
         print(json.dumps(row), flush=True)
-        _save(out / "linear_tune.json", environment_of(), rows)
+        _save(out / "linear_tune.json", about, rows)
     best = min((row for row in rows if "error" not in row), key=lambda row: row["ms, B=1"], default=None)
     print(f"fastest at B = 1: {best}")
     return 0 if best else 1

@@ -1,7 +1,6 @@
 // The CPU core for Python; genarm_kernels/backends/cpu.py is its caller.
 #include "bindings.h"
 
-#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -44,13 +43,15 @@ struct Region {
   std::atomic<int> next;
 };
 
-void run_on_gomp(void*, int count, void (*task)(void*, int), void* data) {
+// On a team of torch's own size whatever the count: a smaller one would end threads that torch's next operation has to
+// make anew.
+void run_on_gomp(void* threads, int count, void (*task)(void*, int), void* data) {
   Region region{task, data, count, {0}};
   const auto body = [](void* self) {
     Region& region = *static_cast<Region*>(self);
     for (int i; (i = region.next.fetch_add(1)) < region.count;) region.task(region.data, i);
   };
-  gomp_parallel()(body, &region, static_cast<unsigned>(count), 0);
+  gomp_parallel()(body, &region, static_cast<unsigned>(reinterpret_cast<intptr_t>(threads)), 0);
 }
 
 // Holds the pool while a call uses it.
@@ -61,7 +62,7 @@ struct Executor {
   explicit Executor(int threads) {
     if (threads < 2 || in_forked_child) return;
     if (gomp_parallel()) {
-      executor = {run_on_gomp, nullptr, threads};
+      executor = {run_on_gomp, reinterpret_cast<void*>(intptr_t{threads}), threads};
       return;
     }
     static std::mutex mutex;
@@ -134,14 +135,15 @@ class Cpu {
   Executor executor_;
 };
 
-// A share of multiply-adds that is worth waking a thread for: about 6 microseconds.
-constexpr int64_t kWorkPerTask = 1 << 17;
-
-// Adds to rows first, first + step, ... of y, `rows` of them, each contiguous like those of x.
-void add_low_rank(int dtype, int threads, py::handle y, py::handle x, py::handle down, py::handle up, int64_t rows,
-                  int64_t first, int64_t step, int64_t in, int64_t out, int64_t rank) {
+// Adds to rows first, first + step, ... of y, `rows` of them, contiguous like those of x; on the calling thread alone:
+// Python asks for no more than what takes another thread's waking to do.
+void add_low_rank(int dtype, py::handle y, py::handle x, py::handle down, py::handle up, int64_t rows, int64_t first,
+                  int64_t step, int64_t in, int64_t out, int64_t rank) {
   if (rows == 0 || rank == 0) return;
   const int64_t size = dtype == GENARM_FLOAT32 ? 4 : 2;
+  thread_local Workspace workspace;
+  const auto inner = static_cast<float*>(workspace.of(sizeof(float) * static_cast<size_t>(rank)));
+  if (!inner) throw std::bad_alloc();
   const genarm::LowRank part{static_cast<genarm_dtype>(dtype),
                              genarm::bindings::pointer<char>(y) + first * out * size,
                              genarm::bindings::pointer<const char>(x) + first * in * size,
@@ -151,20 +153,9 @@ void add_low_rank(int dtype, int threads, py::handle y, py::handle x, py::handle
                              out,
                              rank,
                              step * in,
-                             step * out};
-  const genarm::RowKernels* kernels = genarm::kernels_of(isa);
-  const int64_t tasks = std::min({int64_t{threads}, rows, rows * rank * (in + out) / kWorkPerTask});
-  const int64_t inners = rank * std::max(tasks, int64_t{1});
-  thread_local Workspace workspace;
-  const auto inner = static_cast<float*>(workspace.of(sizeof(float) * static_cast<size_t>(inners)));
-  if (!inner) throw std::bad_alloc();
-  const Executor executor(static_cast<int>(tasks));
-  if (!executor.executor.run) return kernels->add_low_rank(part, 0, rows, inner);
-  auto task = [&](int index) {
-    kernels->add_low_rank(part, rows * index / tasks, rows * (index + 1) / tasks, inner + index * rank);
-  };
-  const auto call = [](void* data, int index) { (*static_cast<decltype(task)*>(data))(index); };
-  executor.executor.run(executor.executor.context, static_cast<int>(tasks), call, &task);
+                             step * out,
+                             inner};
+  for (int64_t row = 0; row < rows; ++row) genarm::kernels_of(isa)->add_low_rank(part, row);
 }
 
 // The name of the instruction set in use, or None when the one that GENARM_CPU_ISA names cannot run.

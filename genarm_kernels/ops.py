@@ -88,6 +88,9 @@ def shared_linear(
         down, up: of all adapters, `[r, in]` and `[r, out]`, r up to 64.
         owners: `[r]` int32, an ARM's number, 1 and up; the base, 0, owns none.
         operands: 1 + N.
+
+    Raises:
+        ValueError: of another dtype, or not contiguous.
     """
     y: Tensor = torch.ops.genarm_kernels.shared_linear.default(x, weight, bias, down, up, owners, operands)
     return y
@@ -97,6 +100,12 @@ def shared_linear(
 def _shared_linear(x: Tensor, *args: Any) -> Tensor:
     from .backends.triton.shared_linear import shared_linear  # where Triton is
 
+    weight, bias, down, up, *_ = args
+    for name, tensor in {"x": x, "weight": weight, "bias": bias, "down": down, "up": up}.items():
+        if tensor is not None and (tensor.dtype != x.dtype or not tensor.is_contiguous()):
+            raise ValueError(f"{name}: expected contiguous {x.dtype}, like x, got {tensor.dtype}, {tensor.stride()}")
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"x: expected bfloat16 or float16, got {x.dtype}")
     return shared_linear(x, *args)
 
 

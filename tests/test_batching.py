@@ -1,6 +1,7 @@
 """Rows retired and admitted, weights shared, memory short, the host behind the device: a prompt's tokens stay."""
 
 import logging
+import os
 
 import pytest
 import torch
@@ -8,7 +9,6 @@ import torch
 from genarm import GenarmError, GuidedDecoder, batching, bundled, loading, provision, shared, world
 from genarm.engine import Begin, Drawn, Engine
 from genarm.forwards import StaticForward
-from genarm_kernels import available_backends
 from test_decoder import SMALL, byte_tokenizer, make_model
 
 PROMPTS = ["abcdefgh"[: 1 + i % 7] * (1 + i % 5) for i in range(21)]
@@ -136,7 +136,17 @@ def test_shared_weights_change_no_token(tokenizer, kind, sampling):
     assert unguided.tokens != shared.tokens
 
 
-@pytest.mark.skipif("triton" not in available_backends(), reason="the Triton backend cannot run here")
+def assert_the_models_own_numbers(tokenizer, base, arms, result, tolerance):
+    numbers = [(base, result.base_logprobs), *((model, result.rewards[name]) for name, model in arms.items())]
+    for model, logprobs in numbers:
+        for prompt, tokens, mine in zip(PROMPTS, result.tokens, logprobs, strict=False):
+            ids = torch.tensor([tokenizer(prompt)["input_ids"] + tokens], device=model.device)
+            expected = model(ids).logits[0, -1 - len(tokens) : -1].float().log_softmax(-1).cpu()
+            drawn = expected.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+            assert mine == pytest.approx(drawn.tolist(), abs=tolerance)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="a GPU has a test of its own")
 def test_layers_in_one_launch_give_the_models_own_numbers(tokenizer, monkeypatch):
     """A GPU's step in 16 bits, which Triton's interpreter runs."""
     base = make_model("qwen3").half()
@@ -147,19 +157,14 @@ def test_layers_in_one_launch_give_the_models_own_numbers(tokenizer, monkeypatch
         steps.append(x.shape[1] == 1)
         return steps[-1]
 
+    monkeypatch.setattr(shared, "can_share", lambda weight: True)
     monkeypatch.setattr(shared, "fits_shared_linear", fits)
     monkeypatch.setattr(shared, "_plain", lambda layer: shared.LowRank(*(x.half() for x in plain(layer))))
     decoder = GuidedDecoder(base, tokenizer, arms)
     result = decoder.generate(PROMPTS[:3], weights={"a": 1.0, "b": -0.5}, max_new_tokens=4)
     assert [len(one.operands) for one in decoder._provider.passes] == [3]
     assert any(steps) and not all(steps)
-    numbers = [(base, result.base_logprobs), *((model, result.rewards[name]) for name, model in arms.items())]
-    for model, logprobs in numbers:
-        for prompt, tokens, mine in zip(PROMPTS, result.tokens, logprobs, strict=False):
-            ids = torch.tensor([tokenizer(prompt)["input_ids"] + tokens])
-            expected = model(ids).logits[0, -1 - len(tokens) : -1].float().log_softmax(-1)
-            drawn = expected.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-            assert mine == pytest.approx(drawn.tolist(), abs=0.02)
+    assert_the_models_own_numbers(tokenizer, base, arms, result, 0.02)
 
 
 def test_shared_weights_are_read_once(tokenizer):
@@ -556,6 +561,24 @@ def test_shared_weights_on_a_gpu(tokenizer, gpu_models, sampling):
     together, apart = (GuidedDecoder(base, tokenizer, arms, share_weights=share) for share in (True, False))
     options = {"weights": {"a": 1.0, "c": -0.5}, **sampling}
     assert decode(together, **options).tokens == decode(apart, **options).tokens
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("switches", GPU_SWITCHES, ids=str)
+def test_layers_in_one_launch_on_a_gpu(tokenizer, switches, dtype, monkeypatch):
+    """In 16 bits a step's layers are Triton launches: up to 5 prompts, 15 rows; beyond, PyTorch's."""
+    pytest.importorskip("peft", reason="adapters need PEFT")
+    base = endless(make_model("qwen3")).to("cuda", dtype)
+    arms = {"a": adapter(base, 1), "b": adapter(base, 2, target_modules=["q_proj", "down_proj"])}
+    launches, launch = [], shared.shared_linear
+    monkeypatch.setattr(shared, "shared_linear", lambda *args: launches.append(len(args[0])) or launch(*args))
+    decoder = GuidedDecoder(base, tokenizer, arms, **switches)
+    for count in (5, 8, 5):
+        result = decoder.generate(PROMPTS[:count], weights={"a": 1.0, "b": -0.5}, max_new_tokens=12)
+        assert_the_models_own_numbers(tokenizer, base, arms, result, 0.3)
+    assert [len(one.operands) for one in decoder._provider.passes] == [3]
+    assert switches["compile"] or (launches and max(launches) <= 16)
 
 
 @pytest.mark.gpu

@@ -531,7 +531,7 @@ def test_shapes_of_launch_are_put_back(monkeypatch):
     assert kept == launch.OPTIONS
 
 
-@pytest.mark.skipif("triton" not in available_backends(), reason="the Triton backend cannot run here")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="on a GPU the stage itself runs")
 def test_gpu_linear_without_a_gpu(tmp_path, monkeypatch, capsys):
     """Every layer and subject, the right answers checked, a model's sum; other tiles, of which one does not run."""
     from bench import gpu_linear

@@ -63,6 +63,23 @@ def test_what_cannot_be_measured_is_said():
         benchmark.bench("./nowhere", ["wide"], device="cpu")
 
 
+def test_a_method_of_ours_that_fails_loses_nothing_and_is_not_overlooked(tmp_path, monkeypatch):
+    measure = benchmark._Bench.measure
+
+    def failing(self, method, *rest):
+        if method == "base":
+            raise RuntimeError("planted")
+        return measure(self, method, *rest)
+
+    monkeypatch.setattr(benchmark._Bench, "measure", failing)
+    with pytest.raises(RuntimeError, match="planted"):
+        bench(["wide"], methods=["base"], batches=[1], out=tmp_path)
+    with pytest.raises(RuntimeError, match="planted"):
+        bench(["wide"], methods=["base", "genarm"], batches=[1], new_tokens=4, out=tmp_path)
+    kept = json.loads((tmp_path / "tokens_per_second-tiny+wide.json").read_text())
+    assert [one["method"] for one in kept["results"]] == ["genarm"]
+
+
 def test_shapes_are_the_models_they_are_called():
     sizes = {"llama-58m": 58, "llama-271m": 271, "llama-1b": 1236, "llama-7b": 6738, "llama-8b": 8030,
              "mistral-7b": 7242, "qwen3-0.6b": 596, "qwen3-8b": 8191, "gpt2": 124}  # fmt: skip

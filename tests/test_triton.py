@@ -113,23 +113,33 @@ def test_shared_linear(dtype, rows, ranks, width, height, bias) -> None:
 
 
 def test_when_a_layer_is_shared_in_one_launch() -> None:
-    class Gpu(torch.Tensor):
-        is_cuda = True
-
     def fits(rows=2, tokens=1, rank=8, dtype=torch.bfloat16, weight=torch.bfloat16, adapter=torch.bfloat16) -> bool:
-        x = torch.ones(rows, tokens, 16, dtype=dtype).as_subclass(Gpu)
-        with torch.no_grad():
-            return low_rank.fits_shared_linear(x, torch.ones(4, 16, dtype=weight), torch.ones(rank, 16, dtype=adapter))
+        x, w = torch.ones(rows, tokens, 16, dtype=dtype), torch.ones(4, 16, dtype=weight)
+        return low_rank.fits_shared_linear(x, w, torch.ones(rank, 16, dtype=adapter))
 
-    assert fits() and fits(rows=64, rank=64)
-    wrong = ({"tokens": 2}, {"rows": 65}, {"rank": 65}, {"weight": torch.int8}, {"adapter": torch.float32})
-    assert not any(fits(**one) for one in wrong)
-    assert not fits(dtype=torch.float32, weight=torch.float32, adapter=torch.float32)
-    x = torch.ones(2, 1, 16, dtype=torch.bfloat16)
     with torch.no_grad():
-        assert not low_rank.fits_shared_linear(x, x[0], x[0])  # on a CPU
-    with torch.enable_grad():
-        assert not low_rank.fits_shared_linear(x.as_subclass(Gpu), x[0], x[0])
+        assert fits() and fits(rows=16, rank=64)
+        wrong = ({"tokens": 2}, {"rows": 17}, {"rank": 65}, {"weight": torch.int8}, {"adapter": torch.float32})
+        assert not any(fits(**one) for one in wrong)
+        assert not fits(dtype=torch.float32, weight=torch.float32, adapter=torch.float32)
+    assert not fits()  # the operator has no gradient
+    assert not low_rank.can_share(torch.ones(1))  # on a CPU
+
+
+def test_a_compiler_sees_through_the_choice() -> None:
+    """One graph, as a compiled model is to have: a break at every layer would leave nothing to fuse."""
+    x, weight, down = torch.ones(2, 1, 16).half(), torch.ones(16, 16).half(), torch.ones(8, 16).half()
+    owners = torch.ones(8, dtype=torch.int32)
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        fits = low_rank.fits_shared_linear(x, weight, down)
+        y = low_rank.shared_linear(x, weight, None, down, down, owners, 2) if fits else x
+        low_rank.add_low_rank(y, x, down, down, 1, 2)
+        return y
+
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)(x)
+        assert torch.equal(compiled, layer(x)) and not torch.equal(compiled, x)
 
 
 # --- Launching --------------------------------------------------------------------------------------------------------

@@ -74,6 +74,7 @@ struct LowRank {
   const float* up;    // [rank, out]
   int64_t in, out, rank;
   int64_t x_stride, y_stride;  // in elements
+  float* inner;                // [rank]: room for down x
 };
 
 // Entry points of one instruction set.
@@ -86,8 +87,8 @@ struct RowKernels {
   Drawn (*draw)(const Row& row);
   // log p of tiles [first, last) in place: row.z holds z on entry.
   void (*normalise)(const Row& row, float top, double log_mass, int64_t first, int64_t last);
-  // y += up (down x), for rows [first, last); `inner` has room for `rank` numbers.
-  void (*add_low_rank)(const LowRank& part, int64_t first, int64_t last, float* inner);
+  // y += up (down x), for a row.
+  void (*add_low_rank)(const LowRank& part, int64_t row);
 };
 
 const RowKernels& portable_kernels();

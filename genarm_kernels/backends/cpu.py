@@ -39,7 +39,6 @@ def guided_log_softmax(*args: Any) -> Tensor:
 
 
 def add_low_rank(y: Tensor, x: Tensor, down: Tensor, up: Tensor, first: int, step: int) -> None:
-    """`genarm_kernels.low_rank.add_low_rank` for T = 1, all contiguous, the adapter in float32."""
-    rows = len(range(first, len(x), step))
-    sizes = (rows, first, step, down.shape[1], up.shape[1], len(down))
-    _cpu.add_low_rank(compiled.DTYPES[x.dtype], torch.get_num_threads(), y, x, down, up, *sizes)
+    """`genarm_kernels.low_rank.add_low_rank` for T = 1, all contiguous, the adapter in float32: checked there."""
+    sizes = (len(range(first, len(x), step)), first, step, down.shape[1], up.shape[1], len(down))
+    _cpu.add_low_rank(compiled.DTYPES[x.dtype], y, x, down, up, *sizes)

@@ -141,14 +141,14 @@ def bench(
         f"{base} guided by {', '.join(arms) or 'nothing'}, {dtype}, {environment['machine']}: weights of "
         f"{bench_.floor_bytes / 1e9:.2f} GB at {environment['read_gb_s']:.1f} GB/s, a floor of {floor_ms:.2f} ms a step"
     )
-    results = []
+    results, failed = [], None
     for batch in batches:
         for method in methods:
             try:
                 found = bench_.measure(method, batch, environment["read_gb_s"])
             except Exception as error:  # other people's loops raise what they like; the rest is measured
                 if method not in SLOW and not isinstance(error, (GenarmError, torch.OutOfMemoryError)):
-                    raise
+                    failed = failed or error
                 console.print(f"{method}, batch {batch}: not measured: {loading.first_line(error)}")
                 continue
             results.append(found)
@@ -164,6 +164,8 @@ def bench(
             _chart(results, about, path.with_suffix(".png"))
         except ImportError as error:
             console.print(f"no chart: {error}")
+    if failed is not None:  # of ours: what was measured is kept, but nobody is to overlook it
+        raise failed
     return results
 
 

@@ -251,8 +251,12 @@ class GuidedDecoder:
 
     def _checked(self, prompts: Any, arguments: dict[str, Any]) -> tuple["_Request", int | None]:
         """The arguments of `generate`, with its defaults."""
-        bound = signature(self.generate).bind(prompts, **arguments)
+        try:
+            bound = signature(GuidedDecoder.generate).bind(self, prompts, **arguments)
+        except TypeError as error:
+            raise TypeError(f"{error}; the arguments are those of generate") from None
         bound.apply_defaults()
+        del bound.arguments["self"]
         batch_size = _batch_size(bound.arguments.pop("batch_size"))
         return self._request(**bound.arguments), batch_size
 

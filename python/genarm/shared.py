@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from genarm_kernels.low_rank import add_low_rank, fits_shared_linear, shared_linear
+from genarm_kernels.low_rank import add_low_rank, can_share, fits_shared_linear, shared_linear
 from genarm_kernels.validation import OPERAND_DTYPES
 
 from . import loading
@@ -74,6 +74,7 @@ class _SharedLinear(nn.Module):
         # Out of the modules, whose calls and lookups a CPU feels at every layer of every step.
         self._weights = (linear.weight, linear.bias) if type(linear) is nn.Linear else None
         self._call = partial(F.linear, weight=linear.weight, bias=linear.bias) if self._weights else linear
+        self._shares = self._weights is not None and can_share(linear.weight)
 
         given = {operand: part for operand, part in enumerate(parts, start=1) if part is not None}
         ranks = [len(part.down) for part in given.values()]
@@ -93,7 +94,7 @@ class _SharedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         down, up, owners, operands = self._adapters
-        if self._weights and fits_shared_linear(x, self._weights[0], down):
+        if self._shares and self._weights and fits_shared_linear(x, self._weights[0], down):
             return shared_linear(x, *self._weights, down, up, owners, operands)
         y: Tensor = self._call(x)
         for own_down, own_up, operand in self._parts:
