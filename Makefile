@@ -9,8 +9,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/ready
 	$(BIN)/python -m bench.demo
 
+# A file's tests on one process: what they build once is built once.
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m slow

@@ -56,7 +56,7 @@ def specialisations(everything: bool) -> Iterator[tuple[str, Any]]:
             yield "shared_linear", SharedLinear(torch.bfloat16, rows, ranks, bias)
     for kernel, spec in every:
         telling = spec.operands in (2, MOST_OPERANDS) and spec.logprobs == (kernel != "whole_row_pass")
-        if everything or (telling and (spec.dtype != torch.float16 or spec.operands == 2)):
+        if everything or (telling and (spec.dtype == torch.bfloat16 or spec.operands == 2)):
             yield kernel, spec
 
 

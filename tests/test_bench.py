@@ -52,7 +52,9 @@ def test_benchmark_and_its_report(tmp_path, chosen):
 
     def python(*arguments):
         command = [sys.executable, "-m", *map(str, arguments)]
+        # With it pytest-benchmark takes the process for a worker of the tests', and times nothing.
         environment = os.environ | {"GENARM_BENCH_GRID": "tiny", "GENARM_BENCH_DEVICE": "cpu"}
+        environment.pop("PYTEST_XDIST_WORKER", None)
         done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
