@@ -1,7 +1,6 @@
 """Rows retired and admitted, weights shared, memory short, the host behind the device: a prompt's tokens stay."""
 
 import logging
-import os
 
 import pytest
 import torch
@@ -9,8 +8,10 @@ import torch
 from genarm import GenarmError, GuidedDecoder, batching, bundled, loading, provision, shared, world
 from genarm.engine import Begin, Drawn, Engine
 from genarm.forwards import StaticForward
+from genarm_kernels.backends import available_backends, interpreted
 from test_decoder import SMALL, byte_tokenizer, make_model
 
+INTERPRETER = "triton" in available_backends() and interpreted("triton")
 PROMPTS = ["abcdefgh"[: 1 + i % 7] * (1 + i % 5) for i in range(21)]
 LIMITS = [1 + (5 * i) % 17 for i in range(21)]
 SAMPLING = [{"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "seed": 3}]
@@ -146,7 +147,7 @@ def assert_the_models_own_numbers(tokenizer, base, arms, result, tolerance):
             assert mine == pytest.approx(drawn.tolist(), abs=tolerance)
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="a GPU has a test of its own")
+@pytest.mark.skipif(not INTERPRETER, reason="no interpreter of Triton's: a GPU has a test of its own")
 def test_layers_in_one_launch_give_the_models_own_numbers(tokenizer, monkeypatch):
     """A GPU's step in 16 bits, which Triton's interpreter runs."""
     base = make_model("qwen3").half()

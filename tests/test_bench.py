@@ -15,9 +15,11 @@ import torch
 from bench import baselines, report
 from bench import test_guided_step as suite
 from genarm_kernels import available_backends, guided_log_softmax, guided_step
+from genarm_kernels.backends import interpreted
 from genarm_kernels.testing import make_logits, pooled_chi_squared
 
 REPOSITORY = Path(__file__).parent.parent
+INTERPRETER = "triton" in available_backends() and interpreted("triton")
 TAKES_SECONDS = pytest.mark.slow  # torch.compile calls a C++ compiler
 BASELINES = [pytest.param(name, marks=[TAKES_SECONDS] if name == "compiled" else []) for name in baselines.BASELINES]
 FILTERS = list(suite.FILTERS.values())
@@ -533,7 +535,7 @@ def test_shapes_of_launch_are_put_back(monkeypatch):
     assert kept == launch.OPTIONS
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="on a GPU the stage itself runs")
+@pytest.mark.skipif(not INTERPRETER, reason="no interpreter of Triton's: on a GPU the stage itself runs")
 def test_gpu_linear_without_a_gpu(tmp_path, monkeypatch, capsys):
     """Every layer and subject, the right answers checked, a model's sum; other tiles, of which one does not run."""
     from bench import gpu_linear

@@ -128,8 +128,8 @@ def test_when_a_layer_is_shared_in_one_launch() -> None:
 
 def test_a_compiler_sees_through_the_choice() -> None:
     """One graph, as a compiled model is to have: a break at every layer would leave nothing to fuse."""
-    x, weight, down = torch.ones(2, 1, 16).half(), torch.ones(16, 16).half(), torch.ones(8, 16).half()
-    owners = torch.ones(8, dtype=torch.int32)
+    x, weight, down = (torch.ones(shape, device=DEVICE).half() for shape in ((2, 1, 16), (16, 16), (8, 16)))
+    owners = torch.ones(8, dtype=torch.int32, device=DEVICE)
 
     def layer(x: torch.Tensor) -> torch.Tensor:
         fits = low_rank.fits_shared_linear(x, weight, down)

@@ -72,9 +72,9 @@ class _SharedLinear(nn.Module):
         super().__init__()
         self.linear = linear
         # Out of the modules, whose calls and lookups a CPU feels at every layer of every step.
-        self._weights = (linear.weight, linear.bias) if type(linear) is nn.Linear else None
-        self._call = partial(F.linear, weight=linear.weight, bias=linear.bias) if self._weights else linear
-        self._shares = self._weights is not None and can_share(linear.weight)
+        plain = type(linear) is nn.Linear
+        self._call = partial(F.linear, weight=linear.weight, bias=linear.bias) if plain else linear
+        self._weights = (linear.weight, linear.bias) if plain and can_share(linear.weight) else None
 
         given = {operand: part for operand, part in enumerate(parts, start=1) if part is not None}
         ranks = [len(part.down) for part in given.values()]
@@ -94,7 +94,7 @@ class _SharedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         down, up, owners, operands = self._adapters
-        if self._shares and self._weights and fits_shared_linear(x, self._weights[0], down):
+        if self._weights and fits_shared_linear(x, self._weights[0], down):
             return shared_linear(x, *self._weights, down, up, owners, operands)
         y: Tensor = self._call(x)
         for own_down, own_up, operand in self._parts:
