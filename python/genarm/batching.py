@@ -144,7 +144,18 @@ class Run:
         return bool(self._waiting) and (occupied < self._usable if self._engine.refill else occupied == 0)
 
     def _may_step(self) -> bool:
+        if self._flights and self._outgrown():
+            return False  # what has been drawn is read first: a row begins again after it
         return any(row is not None and row.queued < row.limit for row in self._slots)
+
+    def _outgrown(self) -> list[int]:
+        """The slots whose rows' caches will not do for the next token."""
+        return [
+            slot
+            for slot, row in enumerate(self._slots)
+            if row is not None and row.queued < row.limit
+            and self._engine.outgrown([len(prompt) + row.queued for prompt in row.prompts])
+        ]  # fmt: skip
 
     def _begin(self) -> None:
         slots = [slot for slot in range(self._usable) if self._slots[slot] is None]
@@ -175,6 +186,10 @@ class Run:
         return rows
 
     def _step(self) -> None:
+        if outgrown := self._outgrown():
+            for slot in reversed(outgrown):
+                self._again(slot)
+            return
         self._compact()
         n = self._bucket(1 + max(slot for slot, row in enumerate(self._slots) if row is not None))
         try:

@@ -19,7 +19,7 @@ from . import loading
 from .batching import Row, Run
 from .errors import GenarmError, PromptError
 from .prompts import check_arm
-from .provision import Options, Provider
+from .provision import ModelPath, Options, Provider
 from .text import TextStream
 
 Messages: TypeAlias = Sequence[Mapping[str, str]]
@@ -189,6 +189,17 @@ class GuidedDecoder:
         it, then each ARM that has a forward of its own. To be watched by hooks, not called.
         """
         return [one.modules[-1] for one in self._provider.passes]
+
+    @property
+    def paths(self) -> list[ModelPath]:
+        """By model, base first: whether it decodes on the fast path, what is shared, compiled and captured."""
+        return self._provider.paths
+
+    def require_fast_path(self) -> None:
+        """GenarmError unless every model has static caches; for what measures or tests, where a slower path is a fault
+        and not a fallback.
+        """
+        self._provider.require_fast_path()
 
     def generate(
         self,

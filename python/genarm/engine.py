@@ -159,6 +159,13 @@ class Engine:
             graph.replay()
             return self._send(values)
 
+    def outgrown(self, lengths: Sequence[int]) -> bool:
+        """Whether a row whose operands become so long is to begin again, in place of a step."""
+        return any(
+            self._forwards[operand.forward].outgrown(length)
+            for operand, length in zip(self._operands, lengths, strict=True)
+        )
+
     def set_weights(self, slot: int, weights: Sequence[float]) -> None:
         """Of the tokens that are not drawn yet."""
         with self._context():

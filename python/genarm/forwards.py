@@ -2,26 +2,25 @@
 
 `StaticForward` keeps the KV caches in slots that are allocated once: a row can end and another begin at any step, and
 a step has no shape that depends on the tokens, so that it can be captured in a CUDA graph. `PlainForward` takes any
-other model: a batch that begins and ends together, in the caches that the model makes for itself.
+other model: a batch that begins and ends together, in the caches that the model makes for itself. Which of them a model
+gets, `checks.py` decides.
 """
 
-import inspect
 import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
-from transformers import AttentionInterface
-from transformers.cache_utils import Cache, CacheLayerMixin
 
-from . import loading
-from .errors import GenarmError
+from . import loading, transformers_api
+from .transformers_api import Cache, CacheLayerMixin
 
 Prompts = Sequence[Sequence[Sequence[int]]]
 """Token ids by row, then by operand."""
@@ -49,6 +48,13 @@ class Forward(Protocol):
 
     def move(self, source: int, target: int, window: int) -> None:
         """Copies the row of a slot, no longer than `window`, into another slot."""
+
+    def outgrown(self, length: int) -> bool:
+        """Whether a row that becomes `length` tokens long needs another cache: it is to be prefilled, not stepped."""
+
+
+class UnsuitedError(Exception):
+    """A model does what `StaticForward` cannot run; the message says what."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +153,8 @@ class StaticForward:
         self._cache = _SlotCache(shapes, slots * operands, length)
         self._windows = {shape.window for shape in shapes}
         self._dtype = shapes[0].dtype
-        self._options = _logits_of_last(models.prefill)
+        self._options: dict[str, Any] = transformers_api.last_logits_only(models.prefill)
+        self._options |= {models.cache_argument: self._cache, "use_cache": True}
         self.lengths = torch.zeros(slots, operands, dtype=torch.int64, device=self.device)
         self._starts = torch.arange(slots * operands, device=self.device) * length
         self._columns = torch.arange(length, device=self.device)
@@ -163,8 +170,6 @@ class StaticForward:
             input_ids=to_device(ids, self.device),
             position_ids=to_device(places.clamp_min(0), self.device),
             attention_mask=None if mask.all() else to_device(mask.long(), self.device),
-            past_key_values=self._cache,
-            use_cache=True,
             **self._options,
         )
         at = to_device(torch.tensor(slots), self.device)
@@ -180,11 +185,12 @@ class StaticForward:
             input_ids=tokens.to(self.device)[:, None].expand(-1, self.operands).reshape(rows, 1),
             position_ids=lengths[:, None],
             attention_mask=self._mask(lengths, window),
-            past_key_values=self._cache,
-            use_cache=True,
             **self._options,
         )
         return self._by_operand(outputs.logits)
+
+    def outgrown(self, length: int) -> bool:
+        return length - 1 in self._models.rope_switches
 
     def advance(self, live: Tensor) -> None:
         self.lengths[: len(live)] += live.to(self.device)[:, None]
@@ -219,15 +225,18 @@ class StaticModels:
 
     def __init__(self, model: Any, fuse: bool = False) -> None:
         self.device = torch.device(model.device)
+        self.cache_argument = transformers_api.cache_argument(model) or ""
+        self.rope_switches = transformers_api.rope_switches(model)
+        self.compiled = fuse
         self.prefill = loading.twin(model)
         if head := self.prefill.get_output_embeddings():
             # On a CPU torch copies the head's weights, a row at a time, for strided states: the last column of many.
             # A clone even of a single row, which counts as contiguous and is copied for all the same.
             head.register_forward_pre_hook(lambda _, args: (args[0].clone(memory_format=torch.contiguous_format),))
         self.one_token = loading.twin(model)
-        config = unwrapped(self.one_token).config.get_text_config()
-        if config._attn_implementation != "eager":  # in which some models do more
-            config._attn_implementation = "genarm_decode"
+        transformers_api.set_attention(self.one_token, "genarm_decode")
+        for one in (self.prefill, self.one_token):
+            transformers_api.switch_rope_by_row(one)
         self.step = _Compiled(self.one_token) if fuse else self.one_token
 
 
@@ -237,7 +246,7 @@ class _Compiled:
     def __init__(self, model: Any) -> None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genarm" / "inductor"
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))  # torch's own default is cleared at a restart
-        self._name = type(unwrapped(model)).__name__
+        self._name = type(transformers_api.unwrapped(model)).__name__
         self._model = torch.compile(model, dynamic=False)
         self._seen: set[tuple[int, int]] = set()
 
@@ -263,13 +272,14 @@ class PlainForward:
 
     operands = 1
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, kind: "PlainKind") -> None:
         self.device = torch.device(model.device)
         self._model = model
-        parameters = inspect.signature(unwrapped(model).forward).parameters
-        self._takes_positions = "position_ids" in parameters
-        self._options = _logits_of_last(model)
-        self._cache_name = "cache_params" if "cache_params" in parameters else "past_key_values"
+        self._kind = kind
+        self._takes_positions = "position_ids" in transformers_api.parameters(model)
+        self._options = transformers_api.last_logits_only(model)
+        self._cache_name = transformers_api.cache_argument(model) or ""
+        self._rope_switches = transformers_api.rope_switches(model)
         self._max_positions = loading.max_positions(model)
         self._mask: Tensor | None = None
         self._positions: Tensor
@@ -284,7 +294,9 @@ class PlainForward:
 
     def step(self, tokens: Tensor, live: Tensor, window: int) -> Tensor:
         if self._mask is not None:
-            self._mask = F.pad(self._mask, (0, 1), value=1)
+            # A state-space cache has taken the padding in; a step would multiply the whole mask into one token.
+            grown = F.pad(self._mask, (0, 1), value=1)
+            self._mask = None if self._kind is PlainKind.MASKED_PROMPTS else grown
         self._positions = self._positions[:, -1:] + 1
         if self._max_positions is not None:  # a row that has ended must not run off the end of a position table
             self._positions = self._positions.clamp_max(self._max_positions - 1)
@@ -296,76 +308,37 @@ class PlainForward:
     def move(self, source: int, target: int, window: int) -> None:
         raise NotImplementedError("a model with a cache of its own keeps its rows")
 
+    def outgrown(self, length: int) -> bool:
+        return self._kind is PlainKind.UNCACHED or length - 1 in self._rope_switches
+
     def _forward(self, ids: Tensor) -> Tensor:
-        inputs: dict[str, Any] = {"input_ids": ids, self._cache_name: self._cache, "use_cache": True, **self._options}
-        if self._mask is not None and (self._cache is None or self._cache_name == "past_key_values"):
-            # A state-space cache has taken the padding in; its steps would multiply the whole mask into one token.
+        cached = self._kind is not PlainKind.UNCACHED
+        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": cached, **self._options}
+        if self._cache is not None:
+            inputs[self._cache_name] = self._cache
+        if self._mask is not None:
             inputs["attention_mask"] = self._mask
-        if self._takes_positions:
+        if self._takes_positions and cached:
             inputs["position_ids"] = self._positions
         outputs = self._model(**inputs)
-        self._cache = outputs.get(self._cache_name)
-        if self._cache is None:
-            raise GenarmError(f"{type(unwrapped(self._model)).__name__} gives no cache to decode with")
+        if cached and (cache := transformers_api.cache_of(outputs)) is None:
+            raise UnsuitedError("it gives no cache")
+        self._cache = cache if cached else None
         logits: Tensor = outputs.logits
         return logits[:, -1:]
 
 
-@torch.inference_mode()
-def static_shapes(model: Any) -> list[LayerShape] | str:
-    """The shapes of the model's KV caches, seen in a forward pass of a few tokens; or why `StaticForward` cannot run
-    it. A second pass, through static caches, must give the same logits.
-    """
-    bare = unwrapped(model)
-    lacks = {"past_key_values", "position_ids", "attention_mask"} - set(inspect.signature(bare.forward).parameters)
-    if lacks:
-        return f"its forward takes no {' nor '.join(sorted(lacks))}"
-    config = bare.config.get_text_config()
-    if "local" in getattr(config, "attention_layers", ()):
-        return "its local attention counts from the end of what it is given"
-    tokens = list(range(2, 7))
-    try:
-        kinds, sliding = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-        if kinds is None:
-            kinds = ["sliding_attention" if sliding else "full_attention"] * config.num_hidden_layers
-        if other := set(kinds) - {"full_attention", "sliding_attention"}:
-            return f"it has layers of kind {', '.join(sorted(other))}"
-        seen = _Shapes()
-        model(input_ids=_ids(model, tokens), past_key_values=seen, use_cache=True)
-        windows = [None if kind == "full_attention" else sliding for kind in kinds]
-        shapes = [LayerShape(*shape, window) for shape, window in zip(seen.shapes, windows, strict=True)]
-        wrong = differs(StaticModels(model), shapes, [model])
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a model does with a cache that it has not seen before
-        return f"static caches fail in it: {type(error).__name__}: {loading.first_line(error)}"
-    return "its logits differ with static caches" if wrong else shapes
+class PlainKind(Enum):
+    """What a model in the plain loop allows, the fastest first; the value says it to the user."""
 
+    BATCHED = "a batch at a time"
+    MASKED_PROMPTS = "a batch at a time, padding masked in prompts alone"
+    ALONE = "one prompt at a time"
+    UNCACHED = "one prompt at a time and without a cache, all its tokens anew for each one"
 
-@torch.inference_mode()
-def differs(models: StaticModels, shapes: Sequence[LayerShape], alone: Sequence[Any]) -> bool:
-    """Whether static caches change the logits that each of the operands' models gives `alone`, by more than rounding
-    does: for prompts of different lengths, and a token later.
-    """
-    rows = [[2 + i + j for j in range(3 + i)] for i in range(len(alone))]
-    forward = StaticForward(models, shapes, slots=3, length=16, operands=len(alone))
-    last = 2 + len(alone)
-    vocabulary = min(map(loading.embeddings, alone))
-    rows, last = [[token % vocabulary for token in row] for row in rows], last % vocabulary
-    first = forward.prefill([2, 1], [[row[:1] for row in rows], rows])[1]
-    live = torch.tensor([False, True, True], device=models.device)
-    tokens = torch.full((3,), last, device=models.device)
-    second = forward.step(tokens, live, window=16)[1]
-    for logits, fed in ((first, rows), (second, [[*row, last] for row in rows])):
-        for one, model, ids in zip(logits, alone, fed, strict=True):
-            expected = model(input_ids=_ids(model, ids), use_cache=False).logits[0, -1].float()
-            if not (one.float() - expected).norm() <= 0.1 * (expected - expected.mean()).norm():
-                return True
-    return False
-
-
-def _ids(model: Any, tokens: Sequence[int]) -> Tensor:
-    return torch.tensor([tokens], device=model.device) % loading.embeddings(model)
+    @property
+    def batched(self) -> bool:
+        return self in (PlainKind.BATCHED, PlainKind.MASKED_PROMPTS)
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
@@ -383,32 +356,6 @@ def _left_padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]
     return ids, places >= 0, places
 
 
-def unwrapped(model: Any) -> Any:
-    """The transformers model inside a PEFT wrapper, whose own forward hides its parameters."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-class _Shapes(Cache):
-    """Keeps nothing but the shapes of what it is given."""
-
-    def __init__(self) -> None:
-        super().__init__(layers=[])
-        self.shapes: list[tuple[tuple[int, int], tuple[int, int], torch.dtype, torch.device]] = []
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        if layer_idx != len(self.shapes):
-            raise GenarmError(f"layer {layer_idx} has no cache of its own")
-        key, value = ((x.shape[1], x.shape[3]) for x in (key_states, value_states))
-        self.shapes.append((key, value, key_states.dtype, key_states.device))
-        return key_states, value_states
-
-
-def _logits_of_last(model: Any) -> dict[str, int]:
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters else {}
-
-
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
@@ -416,10 +363,10 @@ def _attend(
     a group: the group's queries go where a prompt's tokens would.
     """
     if more := {name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None}:
-        raise NotImplementedError(f"attention with {', '.join(sorted(more))}")
+        raise UnsuitedError(f"its attention has {', '.join(sorted(more))}")
     grouped = query.unflatten(1, (key.shape[1], -1)).squeeze(3)
     out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
     return out.flatten(1, 2)[:, None], None
 
 
-AttentionInterface.register("genarm_decode", _attend)
+transformers_api.register_attention("genarm_decode", _attend)

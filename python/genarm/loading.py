@@ -9,13 +9,13 @@ import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
-from transformers.utils.peft_utils import find_adapter_config_file
 
 from genarm_kernels.validation import OPERAND_DTYPES
 
+from . import transformers_api
 from .errors import GenarmError
+from .transformers_api import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, find_adapter_config_file
 
 Source = str | Path | torch.nn.Module
 INSTALL_TRAIN = "pip install 'genarm-kernels[train]', or in a checkout pip install '.[train]'"
@@ -134,7 +134,7 @@ def twin(model: Any) -> Any:
 
 def max_positions(model: Any) -> int | None:
     """How long a sequence the model can be given; None where its configuration sets no limit."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(transformers_api.text_config(model), "max_position_embeddings", None)
     return limit if limit and limit > 0 else None
 
 
@@ -209,7 +209,7 @@ def _width(model: Any) -> int:
     """Of the logits. By the layer's own count where it has one: int8 weights are no tensor."""
     head = model.get_output_embeddings()
     if head is None:
-        return int(model.config.get_text_config().vocab_size)
+        return int(transformers_api.text_config(model).vocab_size)
     return int(getattr(head, "out_features", None) or head.weight.shape[0])
 
 

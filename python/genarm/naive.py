@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from . import transformers_api
+
 
 class NaiveGuidance(LogitsProcessor):
     """Adds the ARMs' weighted log-probabilities to the base's, one ARM after another."""
@@ -20,6 +22,7 @@ class NaiveGuidance(LogitsProcessor):
         self.weights = weights
         self.attention_mask = attention_mask
         self.caches: list[Any] = [None] * len(arms)
+        self.cache_arguments = [str(transformers_api.cache_argument(arm)) for arm in arms]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         new = input_ids.shape[1] - self.attention_mask.shape[1]
@@ -32,10 +35,10 @@ class NaiveGuidance(LogitsProcessor):
                 input_ids=fed,
                 attention_mask=self.attention_mask,
                 position_ids=positions[:, -fed.shape[1] :],
-                past_key_values=self.caches[i],
                 use_cache=True,
+                **{self.cache_arguments[i]: self.caches[i]},
             )
-            self.caches[i] = outputs.past_key_values
+            self.caches[i] = transformers_api.cache_of(outputs)
             guided += weight * outputs.logits[:, -1].float().log_softmax(-1)
         return guided
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from . import loading, shared
+from . import checks, shared, transformers_api
 from .engine import Engine, Operand
 from .errors import GenarmError
-from .forwards import LayerShape, PlainForward, StaticForward, StaticModels, differs, static_shapes
+from .forwards import LayerShape, PlainForward, PlainKind, StaticForward, StaticModels
 
 _LOGGER = logging.getLogger("genarm")
 
@@ -37,6 +37,25 @@ class Options:
 
 
 @dataclass(frozen=True)
+class ModelPath:
+    """How one model's logits are computed."""
+
+    model: str
+    """ "the base", "ARM 'polite'"."""
+    path: str
+    """ "static" (slots, caches allocated once, the fast path) or "plain"."""
+    why: str | None
+    """Why this model has no static caches; of a model that has them None, also where it decodes in the plain loop
+    for the sake of another.
+    """
+    shared: bool
+    """Whether its rows are a part of the base's forward pass."""
+    compiled: bool
+    captured: bool
+    """Whether its steps are in a CUDA graph, as far as has been seen."""
+
+
+@dataclass(frozen=True)
 class Pass:
     """A forward pass: whose logits it gives (0: the base's), and its model, with the shapes of static caches if it has
     them.
@@ -45,6 +64,7 @@ class Pass:
     operands: list[int]
     models: Any
     shapes: list[LayerShape]
+    plain: PlainKind | None = None
 
     @property
     def modules(self) -> list[Any]:
@@ -68,6 +88,7 @@ class Provider:
         self._device = torch.device(base.device)
         self._cuda_graph = options.cuda_graph and self._device.type == "cuda"  # until a model cannot be captured
         self._passes: list[Pass] | None = None
+        self._why: dict[str, str] = {}  # a model has no static caches
         self._kept: Engine | None = None
         self._kept_is_full = False  # memory gave it fewer slots than were asked for
 
@@ -86,7 +107,9 @@ class Provider:
         if kept is not None and kept.length >= length and (kept.slots >= slots or self._kept_is_full):
             return kept, min(slots, kept.slots)
         del kept  # its memory is free for the new one
-        refill = all(isinstance(one.models, StaticModels) for one in passes)
+        refill = self._fast
+        if not all(one.plain is None or one.plain.batched for one in passes):
+            slots = 1
         wanted = slots
         if refill:
             slots = min(slots, self._slots_that_fit(passes, length))
@@ -117,7 +140,7 @@ class Provider:
             forwards = [
                 StaticForward(one.models, one.shapes, slots, length, len(one.operands))
                 if isinstance(one.models, StaticModels)
-                else PlainForward(one.models)
+                else PlainForward(one.models, one.plain)
                 for one in passes
             ]
         return Engine(
@@ -142,14 +165,48 @@ class Provider:
             self._passes = self._plan()
         return self._passes
 
+    @property
+    def paths(self) -> list[ModelPath]:
+        """By model, base first, how it is run."""
+        of = {operand: one for one in self.passes for operand in one.operands}
+        return [
+            ModelPath(
+                model=label,
+                path="static" if self._fast else "plain",
+                why=self._why.get(label),
+                shared=i > 0 and 0 in of[i].operands,
+                compiled=self._fast and of[i].models.compiled,
+                captured=self._cuda_graph and self._fast,
+            )
+            for i, label in enumerate(self._models)
+        ]
+
+    @property
+    def _fast(self) -> bool:
+        return all(one.plain is None for one in self.passes)
+
+    def require_fast_path(self) -> None:
+        """GenarmError, with all that is known of why, unless every model has static caches."""
+        if not self._fast:
+            raise GenarmError(f"not the fast path ({transformers_api.versions()}): {self._reasons()}")
+
+    def _reasons(self) -> str:
+        return "; ".join(f"{label}: {why}" for label, why in self._why.items())
+
     def _plan(self) -> list[Pass]:
         base, *arms = self._models.values()
-        found = {label: static_shapes(model) for label, model in self._models.items()}
-        if reasons := [f"{label}: {why}" for label, why in found.items() if isinstance(why, str)]:
+        found = {label: checks.static_shapes(model) for label, model in self._models.items()}
+        self._why = {label: why for label, why in found.items() if isinstance(why, str)}
+        if self._why:
+            kinds = [checks.plain_kind(model) for model in self._models.values()]
+            slowest = max(kinds, key=list(PlainKind).index)
             _LOGGER.warning(
-                "decoding in the plain loop, a batch at a time and without CUDA graphs: %s", "; ".join(reasons)
+                "decoding in the plain loop, %s and without CUDA graphs (%s): %s",
+                slowest.value,
+                transformers_api.versions(),
+                self._reasons(),
             )
-            return [Pass([i], model, []) for i, model in enumerate(self._models.values())]
+            return [Pass([i], model, [], kinds[i]) for i, model in enumerate(self._models.values())]
         shapes = [one for one in found.values() if not isinstance(one, str)]
         found_parts = {i: shared.low_rank_parts(base, arm) for i, arm in enumerate(arms, start=1)}
         parts = {i: part for i, part in found_parts.items() if part is not None and self._options.share_weights}
@@ -182,14 +239,10 @@ def _joint(base: Any, arms: Sequence[Any], parts: Sequence[dict[str, shared.LowR
     """The base with its adapters' rows in one pass, if each model's logits there are those that it gives alone."""
     if not arms:
         return None
-    try:
-        model = shared.share(base, parts)
-        why = "its logits differ there" if differs(StaticModels(model), shapes, [base, *arms]) else None
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a model does with rows of different operands
-        why = f"{type(error).__name__}: {loading.first_line(error)}"
-    if why is None:
+    model = shared.share(base, parts)
+    found = checks.attempt(lambda: checks.differs(StaticModels(model), shapes, [base, *arms]))
+    why = "its logits differ there" if found is True else found
+    if not why:
         return model
     _LOGGER.warning("adapters run apart from the base, for which a pass with their rows does not work: %s", why)
     return None

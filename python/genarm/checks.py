@@ -1,0 +1,210 @@
+"""Which forward pass a model gets: the fastest whose logits are those of the model alone, without a cache.
+
+Nothing is believed of a model: a few rows of different lengths are run, prompts and steps, across the lengths at which
+its configuration says that it changes (sliding windows, chunks, long rope), and every row's logits are compared with a
+forward over the whole row.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import loading, transformers_api
+from .forwards import Forward, LayerShape, PlainForward, PlainKind, StaticForward, StaticModels, UnsuitedError
+from .transformers_api import Cache
+
+# Parameters times tokens of a forward that a check may cost: what a device computes in about half a second.
+_AFFORDABLE = {"cuda": 5e13}
+_AFFORDABLE_ELSEWHERE = 2e10
+_SHORTEST = 8  # the length that rows cross where no threshold does
+_STEPS = 4
+# How far logits may be from those of the model alone, relative to their spread: what roundings alone may do to a deep
+# model (0.05 was seen of 24 layers in bfloat16), or so many times what company (more tokens behind, more rows beside)
+# does to a row of this one, but never more than the second number.
+_ROUNDING = {torch.float32: (1e-3, 1e-2), torch.float16: (0.02, 0.1), torch.bfloat16: (0.07, 0.1)}
+_TIMES_NOISE = 8
+# What a model raises that is given a cache or an argument it does not know.
+_MODEL_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+
+
+@torch.inference_mode()
+def static_shapes(model: Any) -> list[LayerShape] | str:
+    """The shapes of the model's KV caches, seen in a forward pass of a few tokens; or why `StaticForward` cannot run
+    it.
+    """
+    name = transformers_api.cache_argument(model)
+    missing = {"position_ids", "attention_mask"} - transformers_api.parameters(model)
+    if lacks := sorted(missing | (set() if name else {"cache"})):
+        return f"its forward takes no {' nor '.join(lacks)}"
+    windows = transformers_api.layer_windows(model)
+    if isinstance(windows, str):
+        return windows
+
+    def shapes() -> list[LayerShape]:
+        seen = _Shapes()
+        model(input_ids=_tensor(model, [_tokens(model, 5)]), use_cache=True, **{str(name): seen})
+        if len(seen.shapes) != len(windows):
+            raise UnsuitedError(f"{len(seen.shapes)} of its {len(windows)} layers use a cache")
+        return [LayerShape(*shape, window) for shape, window in zip(seen.shapes, windows, strict=True)]
+
+    found = attempt(shapes)
+    if isinstance(found, str):
+        return f"static caches fail in it: {found}"
+    wrong = attempt(lambda: differs(StaticModels(model), found, [model]))
+    if isinstance(wrong, str):
+        return f"static caches fail in it: {wrong}"
+    return "its logits differ with static caches" if wrong else found
+
+
+def plain_kind(model: Any) -> PlainKind:
+    """How the model runs in a plain loop."""
+    for kind in (PlainKind.BATCHED, PlainKind.MASKED_PROMPTS, PlainKind.ALONE):
+        if attempt(partial(_differs, PlainForward(model, kind), [model], kind.batched)) is False:
+            return kind
+    return PlainKind.UNCACHED  # what the others are compared with
+
+
+@torch.inference_mode()
+def differs(models: StaticModels, shapes: Sequence[LayerShape], alone: Sequence[Any]) -> bool:
+    """Whether static caches change the logits that each of the operands' models gives `alone`."""
+    longest = _lengths(alone)[-1] + 2 + _STEPS + len(alone)
+    length = -(-longest // 16) * 16
+    forward = StaticForward(models, shapes, slots=3, length=length, operands=len(alone))
+    return _differs(forward, alone, batched=True, window=length)
+
+
+@torch.inference_mode()
+def _differs(forward: Forward, alone: Sequence[Any], batched: bool, window: int = 0) -> bool:
+    """Whether the logits of rows in `forward` are other than those of each operand's own model, alone and uncached."""
+    expected = [_Uncached(model) for model in alone]
+    for length in _lengths(alone):
+        # One row is far shorter than the length, one grows across it, one begins beyond it; an operand's is longer by
+        # a token than that of the one before.
+        rows = [
+            [_tokens(model, start + i, seed=i) for i, model in enumerate(alone)]
+            for start in (2, length - 1, length + 2)
+        ]
+        for group in [rows] if batched else [[row] for row in rows]:
+            if _group_differs(forward, group, expected, window):
+                return True
+    return False
+
+
+def _group_differs(forward: Forward, rows: list[list[list[int]]], expected: Sequence["_Uncached"], window: int) -> bool:
+    slots = list(range(len(rows)))
+    logits = forward.prefill(slots, rows)
+    distances: list[list[list[float]]] = [[[] for _ in expected] for _ in slots]
+    for step in range(_STEPS + 1):
+        for slot in slots:
+            for operand, own in enumerate(expected):
+                distances[slot][operand].append(own.distance(logits[slot, operand], rows[slot][operand]))
+        if step == _STEPS:
+            break
+        fed = [expected[0].token(5 * step + slot) for slot in slots]
+        rows = [[[*ids, token] for ids in row] for row, token in zip(rows, fed, strict=True)]
+        again = [slot for slot in slots if any(forward.outgrown(len(ids)) for ids in rows[slot])]
+        live = torch.tensor([slot not in again for slot in slots], device=forward.device)
+        if live.any():
+            logits = forward.step(torch.tensor(fed, device=forward.device), live, window)
+            forward.advance(live)
+        if again:
+            logits = logits.clone()
+            logits[again] = forward.prefill(again, [rows[slot] for slot in again])
+    # Of most of a row's tokens: a rounding may send one to another expert, but a wrong position is wrong from there on.
+    return any(not median(row[operand]) <= own.tolerance for row in distances for operand, own in enumerate(expected))
+
+
+class _Uncached:
+    """A model alone: the logits after a row of tokens, from a forward over all of them."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        rows = [_tokens(model, _SHORTEST + 3, seed=i) for i in range(3)]
+        alone = self._logits([rows[0][:_SHORTEST]])[0, -1]
+        longer = self._logits([rows[0]])[0, _SHORTEST - 1]
+        beside = self._logits([row[:_SHORTEST] for row in rows])[0, -1]
+        noise = max(_distance(longer, alone), _distance(beside, alone))
+        least, most = _ROUNDING.get(model.dtype, _ROUNDING[torch.bfloat16])
+        self.tolerance = min(most, max(least, _TIMES_NOISE * noise))
+
+    def token(self, i: int) -> int:
+        return _tokens(self._model, 1, seed=i)[0]
+
+    def distance(self, logits: Tensor, ids: Sequence[int]) -> float:
+        """Of logits from those after a row; infinite where they are NaN."""
+        distance = _distance(logits, self._logits([ids])[0, -1])
+        return math.inf if math.isnan(distance) else distance
+
+    def _logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        logits: Tensor = self._model(input_ids=_tensor(self._model, rows), use_cache=False).logits
+        return logits
+
+
+class _Shapes(Cache):
+    """Keeps nothing but the shapes of what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.shapes: list[tuple[tuple[int, int], tuple[int, int], torch.dtype, torch.device]] = []
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if layer_idx != len(self.shapes):
+            raise UnsuitedError(f"layer {layer_idx} has no cache of its own")
+        key, value = ((x.shape[1], x.shape[3]) for x in (key_states, value_states))
+        self.shapes.append((key, value, key_states.dtype, key_states.device))
+        return key_states, value_states
+
+
+def attempt(call: Callable[[], Any]) -> Any:
+    """What the call gives, or in words what a model raised in it. An error of our own code is a bug, and speaks."""
+    try:
+        return call()
+    except torch.OutOfMemoryError:
+        raise
+    except UnsuitedError as error:
+        return str(error)
+    except _MODEL_ERRORS as error:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        if trace is not None and Path(trace.tb_frame.f_code.co_filename).parent == Path(__file__).parent:
+            raise
+        return f"{type(error).__name__}: {loading.first_line(error)}"
+
+
+def _lengths(models: Sequence[Any]) -> list[int]:
+    """Of rows to try: the models' thresholds, as far as they can be reached in a moment."""
+    found = {_SHORTEST}
+    for model in models:
+        affordable = _AFFORDABLE.get(torch.device(model.device).type, _AFFORDABLE_ELSEWHERE)
+        size = sum(parameter.numel() for parameter in model.parameters())
+        limit = loading.max_positions(model)
+        found |= {
+            length
+            for length in transformers_api.thresholds(model)
+            if length > 4 and length * size <= affordable and (limit is None or length + 8 + len(models) <= limit)
+        }
+    return sorted(found)
+
+
+def _tokens(model: Any, n: int, seed: int = 0) -> list[int]:
+    return [(3 + 7919 * (i + 13 * seed)) % loading.embeddings(model) for i in range(n)]
+
+
+def _tensor(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
+    return torch.tensor(rows, device=model.device)
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    other = other.float()
+    return float((one.float() - other).norm() / (other - other.mean()).norm())
