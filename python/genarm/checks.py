@@ -126,7 +126,7 @@ class _Uncached:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._keeps_lengths = transformers_api.rope(model).grows_from < math.inf
+        self._keeps_lengths = not transformers_api.rope(model).constant
         rows = [_tokens(model, _SHORTEST + 3, seed=i) for i in range(3)]
         alone = self._logits([rows[0][:_SHORTEST]])[0, -1]
         longer = self._logits([rows[0]])[0, _SHORTEST - 1]
