@@ -369,7 +369,8 @@ def _attend(
     """Attention of one token a row, `query` `[B, heads, 1, width]`, without a copy of the cache for each query head of
     a group: the group's queries go where a prompt's tokens would.
     """
-    if more := {name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None}:
+    # A softcap is passed over as PyTorch's own attention passes it over; where the model's does not, the logits differ.
+    if more := {name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None}:
         raise UnsuitedError(f"its attention has {', '.join(sorted(more))}")
     grouped = query.unflatten(1, (key.shape[1], -1)).squeeze(3)
     out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
