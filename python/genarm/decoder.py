@@ -15,7 +15,7 @@ import torch
 
 from genarm_kernels import backends, validation
 
-from . import loading
+from . import loading, transformers_api
 from .batching import Row, Run
 from .errors import GenarmError, PromptError
 from .prompts import check_arm
@@ -506,7 +506,7 @@ def _encode(tokenizer: Any, texts: Sequence[tuple[str, bool]]) -> list[list[int]
 
 def _check_prompts(label: str, model: Any, prompts: list[list[int]], limits: list[int]) -> None:
     """PromptError unless the model has the prompts' tokens and room for them and their continuations."""
-    positions, embeddings = loading.max_positions(model), loading.embeddings(model)
+    positions, embeddings = transformers_api.max_positions(model), loading.embeddings(model)
     for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         # The last token drawn is not fed again.
         if positions is not None and len(prompt) + limit - 1 > positions:

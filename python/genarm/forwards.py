@@ -6,6 +6,7 @@ other model: a batch that begins and ends together, in the caches that the model
 gets, `checks.py` decides.
 """
 
+import math
 import os
 import sys
 import time
@@ -190,7 +191,7 @@ class StaticForward:
         return self._by_operand(outputs.logits)
 
     def outgrown(self, length: int) -> bool:
-        return length - 1 in self._models.rope_switches
+        return self._models.rope.outgrown(length)
 
     def advance(self, live: Tensor) -> None:
         self.lengths[: len(live)] += live.to(self.device)[:, None]
@@ -226,7 +227,7 @@ class StaticModels:
     def __init__(self, model: Any, fuse: bool = False) -> None:
         self.device = torch.device(model.device)
         self.cache_argument = transformers_api.cache_argument(model) or ""
-        self.rope_switches = transformers_api.rope_switches(model)
+        self.rope = transformers_api.rope(model)
         self.compiled = fuse
         self.prefill = loading.twin(model)
         if head := self.prefill.get_output_embeddings():
@@ -236,7 +237,7 @@ class StaticModels:
         self.one_token = loading.twin(model)
         transformers_api.set_attention(self.one_token, "genarm_decode")
         for one in (self.prefill, self.one_token):
-            transformers_api.switch_rope_by_row(one)
+            transformers_api.embed_positions_by_row(one)
         self.step = _Compiled(self.one_token) if fuse else self.one_token
 
 
@@ -274,13 +275,16 @@ class PlainForward:
 
     def __init__(self, model: Any, kind: "PlainKind") -> None:
         self.device = torch.device(model.device)
+        self._rope = transformers_api.rope(model)
         self._model = model
+        if self._rope.switches or self._rope.grows_from < math.inf:
+            self._model = loading.twin(model)
+            transformers_api.embed_positions_by_row(self._model)
         self._kind = kind
         self._takes_positions = "position_ids" in transformers_api.parameters(model)
         self._options = transformers_api.last_logits_only(model)
         self._cache_name = transformers_api.cache_argument(model) or ""
-        self._rope_switches = transformers_api.rope_switches(model)
-        self._max_positions = loading.max_positions(model)
+        self._max_positions = transformers_api.max_positions(model)
         self._mask: Tensor | None = None
         self._positions: Tensor
         self._cache: Any = None
@@ -309,7 +313,7 @@ class PlainForward:
         raise NotImplementedError("a model with a cache of its own keeps its rows")
 
     def outgrown(self, length: int) -> bool:
-        return self._kind is PlainKind.UNCACHED or length - 1 in self._rope_switches
+        return self._kind is PlainKind.UNCACHED or self._rope.outgrown(length)
 
     def _forward(self, ids: Tensor) -> Tensor:
         cached = self._kind is not PlainKind.UNCACHED

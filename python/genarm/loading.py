@@ -132,12 +132,6 @@ def twin(model: Any) -> Any:
     return copy.deepcopy(model, {id(one): one for one in shared})
 
 
-def max_positions(model: Any) -> int | None:
-    """How long a sequence the model can be given; None where its configuration sets no limit."""
-    limit = getattr(transformers_api.text_config(model), "max_position_embeddings", None)
-    return limit if limit and limit > 0 else None
-
-
 def resolve_device(device: str) -> str:
     """ "auto" is a GPU where there is one."""
     if device == "auto":

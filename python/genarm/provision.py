@@ -63,13 +63,14 @@ class Pass:
 
     operands: list[int]
     models: Any
+    """`StaticModels`, or in the plain loop the model itself."""
     shapes: list[LayerShape]
     plain: PlainKind | None = None
 
     @property
     def modules(self) -> list[Any]:
         """The one that runs at a step, last."""
-        return [self.models.prefill, self.models.one_token] if isinstance(self.models, StaticModels) else [self.models]
+        return [self.models.prefill, self.models.one_token] if self.plain is None else [self.models]
 
     def bytes_per_token(self) -> int:
         return len(self.operands) * sum(shape.bytes_per_token for shape in self.shapes)
@@ -139,7 +140,7 @@ class Provider:
         with torch.inference_mode():
             forwards = [
                 StaticForward(one.models, one.shapes, slots, length, len(one.operands))
-                if isinstance(one.models, StaticModels)
+                if one.plain is None
                 else PlainForward(one.models, one.plain)
                 for one in passes
             ]

@@ -21,7 +21,7 @@ from torch.nn import functional
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from . import loading
+from . import loading, transformers_api
 from .errors import GenarmError
 from .preferences import encode_preferences, read_preferences
 
@@ -390,6 +390,6 @@ def _check_fits(model: Any, pairs: list[dict[str, list[int]]]) -> None:
     size, largest = model.get_input_embeddings().num_embeddings, max(map(max, sequences))
     if largest >= size:
         raise GenarmError(f"the tokenizer has the token {largest}, but the model only {size} tokens")
-    limit, longest = loading.max_positions(model), max(map(len, sequences))
+    limit, longest = transformers_api.max_positions(model), max(map(len, sequences))
     if limit and longest > limit:
         raise GenarmError(f"a sequence has {longest} tokens, but the model takes {limit}; lower --max-length")

@@ -5,8 +5,9 @@ something is met in one place. Tried with transformers 5.17 to 5.24 (`make test-
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -87,7 +88,7 @@ def layer_windows(model: Any) -> list[int | None] | str:
 
 
 def thresholds(model: Any) -> list[int]:
-    """The lengths at which the model, by its configuration, begins to compute otherwise."""
+    """The lengths beyond which the model, by its configuration, computes otherwise."""
 
     def numbers(settings: Mapping[str, Any]) -> Iterator[int]:
         for name, value in settings.items():
@@ -96,24 +97,50 @@ def thresholds(model: Any) -> list[int]:
             elif isinstance(value, int) and value > 1 and any(part in name for part in _THRESHOLDS):
                 yield value
 
-    return sorted(set(numbers(text_config(model).to_dict())))
+    grows_from = rope(model).grows_from
+    return sorted({*numbers(text_config(model).to_dict()), *([int(grows_from)] if grows_from < math.inf else [])})
 
 
-def rope_switches(model: Any) -> frozenset[int]:
-    """Lengths beyond which every position of a sequence, those before included, is embedded otherwise (longrope): a
-    cache that was filled before is then wrong.
+class Rope(NamedTuple):
+    """At which lengths of a sequence every position of it, those before included, is embedded otherwise: a cache that
+    was filled before is then wrong.
     """
-    return frozenset(length for module in model.modules() for length in _switches(module).values())
+
+    switches: frozenset[int]
+    """Beyond each of these once (longrope)."""
+    grows_from: float
+    """Beyond this with every token (dynamic NTK)."""
+
+    def outgrown(self, length: int) -> bool:
+        """Whether a row that becomes `length` tokens long is to be prefilled again."""
+        return length - 1 in self.switches or length > self.grows_from
 
 
-def switch_rope_by_row(model: Any) -> None:
-    """Has rotary embeddings that choose their frequencies by the longest row of a batch choose by each row's own.
+def rope(model: Any) -> Rope:
+    """Of all the model's rotary embeddings."""
+    found = [(kind, length) for module in model.modules() for kind, length in _changes(module).values()]
+    switches = frozenset(length for kind, length in found if kind == "longrope")
+    return Rope(switches, min((length for kind, length in found if kind == "dynamic"), default=math.inf))
 
-    In the tree of `model`'s modules, which a caller must own.
+
+def max_positions(model: Any) -> int | None:
+    """How long a sequence the model can be given; None where its configuration sets no limit."""
+    config = text_config(model)
+    limit = getattr(config, "max_position_embeddings", None)
+    if not limit or limit < 0:
+        return None
+    settings = getattr(config, "rope_parameters", None) or {}
+    stretched = settings.get("factor", 1.0) if settings.get("rope_type") == "dynamic" else 1.0
+    return int(limit * stretched)
+
+
+def embed_positions_by_row(model: Any) -> None:
+    """Has rotary embeddings that choose their frequencies by the longest row of a batch, or by what they were given
+    before, choose by each row's own length. In the tree of `model`'s modules, which a caller must own.
     """
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if _switches(child):
+            if _changes(child):
                 # A copy: it keeps its last frequencies in a buffer, which another forward may be using on its stream.
                 setattr(parent, name, _RopeByRow(copy.deepcopy(child)))
 
@@ -124,24 +151,35 @@ class _RopeByRow(nn.Module):
         self.rope = rope
 
     def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        def call(rows: Tensor) -> tuple[Tensor, ...]:
+            return self.rope(x, rows, *args, **kwargs)
+
         layer_type = args[0] if args else kwargs.get("layer_type")
-        if (switch := _switches(self.rope).get(layer_type)) is None:
-            return self.rope(x, position_ids, *args, **kwargs)
-        # A row more is beyond the switch in any case; in the other call no row is.
-        beyond = torch.full_like(position_ids[:1], switch)
-        long = self.rope(x, torch.cat([position_ids, beyond]), *args, **kwargs)
-        short = self.rope(x, position_ids.clamp_max(switch - 1), *args, **kwargs)
-        is_long = (position_ids.amax(-1) >= switch)[:, None, None]
-        return tuple(torch.where(is_long, one[:-1], other) for one, other in zip(long, short, strict=True))
+        kind, length = _changes(self.rope).get(layer_type, ("", 0))
+        if kind == "dynamic":
+            rows = []
+            for row in position_ids.split(1):
+                call(torch.zeros_like(row))  # a short sequence takes back what a long one has changed
+                rows.append(call(row))
+            return tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
+        if kind == "longrope":
+            # A row more is beyond the switch in any case; in the other call no row is.
+            long = call(torch.cat([position_ids, torch.full_like(position_ids[:1], length)]))
+            short = call(position_ids.clamp_max(length - 1))
+            is_long = (position_ids.amax(-1) >= length)[:, None, None]
+            return tuple(torch.where(is_long, one[:-1], other) for one, other in zip(long, short, strict=True))
+        return tuple(call(position_ids))
 
 
-def _switches(module: Any) -> dict[str | None, int]:
-    """By kind of layer (None: all), the length beyond which a rotary embedding takes its long factors."""
+def _changes(module: Any) -> dict[str | None, tuple[str, int]]:
+    """Of a rotary embedding, by kind of layer (None: all), how its frequencies change and beyond which length."""
     kinds, config = getattr(module, "rope_type", None), getattr(module, "config", None)
     by_layer = kinds if isinstance(kinds, Mapping) else {None: kinds}
-    found: dict[str | None, int] = {}
+    found: dict[str | None, tuple[str, int]] = {}
     for layer, kind in by_layer.items():
         if kind == "longrope" and config is not None:
             settings = config.rope_parameters if layer is None else config.rope_parameters[layer]
-            found[layer] = settings["original_max_position_embeddings"]
+            found[layer] = kind, settings["original_max_position_embeddings"]
+        elif kind == "dynamic" and config is not None:
+            found[layer] = kind, config.max_position_embeddings
     return found
