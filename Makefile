@@ -6,7 +6,7 @@ VENVS := $(VENV) $(VENV)-oldest $(VENV)-newest
 # A file's tests on one process: what they build once is built once.
 TEST := bin/python -m pytest -q -n 2 --dist loadfile
 # What transformers, PEFT or datasets could break.
-MODEL_TESTS := $(wildcard $(patsubst %,tests/test_%.py,adapters batching bundled cli decoder forwards text training))
+MODEL_TESTS := $(wildcard $(patsubst %,tests/test_%.py,adapters batching bundled cli decoder models text training))
 
 .PHONY: demo test test-slow test-oldest test-newest lint models bench lock
 
@@ -34,7 +34,7 @@ bench: $(VENV)/ready
 	mkdir -p .benchmarks
 	$(BIN)/python -m pytest bench/test_guided_step.py -q --benchmark-quiet --benchmark-json=.benchmarks/guided_step.json
 	$(BIN)/python -m bench.report .benchmarks/guided_step.json
-	$(BIN)/python -m pytest bench/test_decoder.py -q
+	$(BIN)/python -m pytest bench/test_decoder.py bench/test_calls.py -q
 
 models: $(VENV)/ready
 	$(BIN)/python -m genarm.bundled
