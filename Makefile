@@ -1,17 +1,24 @@
-# The first call makes .venv. torch comes first and pinned: alone it is the CPU build where the machine's index has one,
-# and what depends on torch then takes it as it is.
+# The first call makes .venv from requirements/venv.txt, which `make lock` writes: the same versions on any day.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VENVS := $(VENV) $(VENV)-oldest $(VENV)-newest
+# A file's tests on one process: what they build once is built once.
+TEST := bin/python -m pytest -q -n 2 --dist loadfile
+# What transformers, PEFT or datasets could break.
+MODEL_TESTS := $(wildcard $(patsubst %,tests/test_%.py,adapters batching bundled cli decoder models text training))
 
-.PHONY: demo test test-slow lint models bench
+.PHONY: demo test test-slow test-oldest test-newest lint models bench lock
 
 demo: $(VENV)/ready
 	$(BIN)/python -m bench.demo
 
-# A file's tests on one process: what they build once is built once.
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(VENV)/$(TEST)
+
+# The lowest versions that pyproject.toml allows, and the newest there were at the last `make lock`.
+test-oldest test-newest: test-%: $(VENV)-%/ready
+	$(VENV)-$*/$(TEST) $(MODEL_TESTS)
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m slow
@@ -27,13 +34,31 @@ bench: $(VENV)/ready
 	mkdir -p .benchmarks
 	$(BIN)/python -m pytest bench/test_guided_step.py -q --benchmark-quiet --benchmark-json=.benchmarks/guided_step.json
 	$(BIN)/python -m bench.report .benchmarks/guided_step.json
-	$(BIN)/python -m pytest bench/test_decoder.py -q
+	$(BIN)/python -m pytest bench/test_decoder.py bench/test_calls.py -q
 
 models: $(VENV)/ready
 	$(BIN)/python -m genarm.bundled
 
-$(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/* csrc/common/* csrc/include/*)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+# UPGRADE=--upgrade moves every version of .venv, UPGRADE='--upgrade-package NAME' one; the newest move in any case.
+lock: $(VENV)/locked
+	$(LOCK) --extra dev $(UPGRADE) --output-file requirements/venv.txt
+	$(LOCK) --extra dev --upgrade --output-file requirements/venv-newest.txt
+	$(LOCK) --extra train --upgrade --resolution lowest-direct --fork-strategy fewest \
+		--output-file $(VENV)/lowest.txt
+	$(LOCK) --extra dev --upgrade --constraint $(VENV)/lowest.txt --output-file requirements/venv-oldest.txt
+
+LOCK = $(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.10 --generate-hashes --no-annotate \
+	--custom-compile-command 'make lock' --constraint requirements/torch.txt --no-emit-package torch
+
+INSTALL = $(@D)/bin/python -m pip install --quiet --disable-pip-version-check
+
+$(VENVS:=/locked): .%/locked: requirements/%.txt requirements/torch.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(INSTALL) --no-deps --only-binary :all: --requirement $<
+	$(INSTALL) --requirement requirements/torch.txt
+	touch $@
+
+# Without an index: what pyproject.toml asks for and the lock has not is an error.
+$(VENVS:=/ready): %/ready: %/locked pyproject.toml setup.py $(shell find csrc -type f)
+	$(INSTALL) --no-index --no-build-isolation --editable '.[dev]'
 	touch $@

@@ -7,6 +7,7 @@ attention made of matrix products counts as those, a conversion between dtypes a
 """
 
 import argparse
+import dataclasses
 import functools
 import gc
 import json
@@ -26,6 +27,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from genarm import GenarmError, benchmark, loading
+from genarm.provision import ModelPath
 
 METHODS = [name for name in benchmark.METHODS if name not in benchmark.SLOW]
 DEVICE, ACTIVITY, RECORDED = "cuda", ProfilerActivity.CUDA, DeviceType.CUDA
@@ -136,14 +138,18 @@ def intervals_of(events: Iterable[Any]) -> list[Interval]:
 
 
 @contextmanager
-def warm(models: benchmark._Bench, method: str, batch: int, tokens: int) -> Iterator[Callable[[int], object]]:
-    """Decodes to so many tokens, at most `tokens`: nothing is left to compile, allocate or capture."""
+def warm(
+    models: benchmark._Bench, method: str, batch: int, tokens: int
+) -> Iterator[tuple[Callable[[int], object], list[ModelPath]]]:
+    """Decodes to so many tokens, at most `tokens`: nothing is left to compile, allocate or capture. With how each model
+    is run.
+    """
     gc.collect()
     torch.cuda.empty_cache()
-    with models._run(method, batch) as (run, _):
+    with models._run(method, batch) as (run, decoder):
         for new in (2, tokens, tokens):
             run(new)
-        yield run
+        yield run, decoder.paths
 
 
 def main() -> int:
@@ -178,6 +184,7 @@ def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     options.out.mkdir(parents=True, exist_ok=True)
     dtype = loading.resolve_dtype("bfloat16")
     models = benchmark._Bench(base, arms, DEVICE, dtype, options.prompt_tokens, tokens, rounds=_ROUNDS)
+    models.require_fast_path()
     about = {
         **benchmark._environment(DEVICE),
         "base": base,
@@ -189,7 +196,7 @@ def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     }
     unrecorded = {}
     for batch, method in runs:  # all of them before the profiler is loaded
-        with warm(models, method, batch, tokens) as run:
+        with warm(models, method, batch, tokens) as (run, _):
             seconds = [models._seconds(run, tokens) - models._seconds(run, 1) for _ in range(_ROUNDS)]
         del run  # and the decoder behind it
         unrecorded[batch, method] = round(1e6 * statistics.median(seconds) / (tokens - 1), 3)
@@ -198,12 +205,13 @@ def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     profiles: list[dict[str, Any]] = []
     for batch, method in runs:
         trace = options.out / f"{name}-{method}-{batch}.trace.json.gz" if options.trace else None
-        with warm(models, method, batch, tokens) as run:
+        with warm(models, method, batch, tokens) as (run, paths):
             found = summary(record(functools.partial(run, tokens), trace), options.steps)
         del run
         floor = round(models.floor_bytes_of(method) / about["read_gb_s"] / 1e3, 3)
         measured = {"unrecorded_us": unrecorded[batch, method], "floor_us": floor, **found}
-        profiles.append({"method": method, "batch": batch, **measured})
+        of_models = [dataclasses.asdict(path) for path in paths]
+        profiles.append({"method": method, "batch": batch, **measured, "paths": of_models})
         save(options.out / f"{name}.json", about, profiles)
     return profiles, f"{base} + {', '.join(arms)}, {about['machine']}, commit {about['commit']}"
 

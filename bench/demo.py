@@ -26,6 +26,7 @@ def show_texts(console: Console) -> None:
     """Each prompt unguided, guided by each ARM and by both, with the true rewards of the answers."""
     arms = {name: bundled.path(name) for name in world.ATTRIBUTES}
     decoder = GuidedDecoder.from_pretrained(bundled.path("base"), arms)
+    decoder.require_fast_path()
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     results = {name: decoder.generate(messages=chats, weights=weights, seed=2) for name, weights in SETTINGS.items()}
     for i, prompt in enumerate(PROMPTS):
@@ -47,6 +48,7 @@ def show_speed(console: Console) -> None:
     tokenizer = AutoTokenizer.from_pretrained(bundled.path("base"))
     base.generation_config.eos_token_id = None  # every run makes all its tokens
     decoder = GuidedDecoder(base, tokenizer, {"helpful": arm})
+    decoder.require_fast_path()
     sampling = {"temperature": 0.7, "top_p": 0.9, "top_k": 0}
     console.print(f"Tokens/s, CPU, {torch.get_num_threads()} threads: one ARM, top-p 0.9, {TOKENS} tokens a prompt")
     table = Table()

@@ -125,9 +125,8 @@ summary="" failed=0
 for stage in "$@"; do
   declare -F "stage_$stage" >/dev/null || { echo "no stage $stage; see the head of $0" >&2; exit 2; }
   start=$SECONDS
-  (stage_"$stage") > >(tee "$OUT/$stage.log") 2>&1 && result=passed || { result=FAILED; failed=1; }
+  stage_"$stage" 2>&1 | tee "$OUT/$stage.log" && result=passed || { result=FAILED; failed=1; }
   summary+=$(printf '%-10s %-7s %4d s  %s' "$stage" "$result" $((SECONDS - start)) "$OUT/$stage.log")$'\n'
 done
-sleep 1 # the last log's end
 printf '\n%s' "$summary"
 exit $failed

@@ -34,6 +34,7 @@ def main() -> None:
     decoder = GuidedDecoder.from_pretrained(
         bundled.path("base"), {name: bundled.path(name) for name in world.ATTRIBUTES}
     )
+    decoder.require_fast_path()
     unguided = true_rewards(decoder, {}, samples)
     table = Table(title=f"mean true reward of {samples} answers, and p against weight 0")
     for column in ("guided by", "weight", *(f"true {name}" for name in world.ATTRIBUTES), "p"):

@@ -24,6 +24,7 @@ _LENGTH = 512
 def decoder():
     base, arm = (AutoModelForCausalLM.from_pretrained(bundled.path(name)).eval() for name in ("base", "helpful"))
     decoder = GuidedDecoder(base, AutoTokenizer.from_pretrained(bundled.path("base")), {"helpful": arm})
+    decoder.require_fast_path()
     prompt = "User: How do I sleep better?\nAssistant:"
     (tokens,) = decoder.generate(prompt, temperature=0.0, max_new_tokens=16).tokens
     ids = decoder.tokenizer(prompt)["input_ids"]

@@ -430,7 +430,7 @@ def test_profiler_s_events_become_intervals(tmp_path, monkeypatch):
 def test_decoder_profile_without_a_gpu(tmp_path, monkeypatch, capsys):
     """From arguments to the file and the table, on tiny models; what the profiler would record is made up."""
     from bench import decoder_profile
-    from genarm import benchmark
+    from genarm import benchmark, checks
     from test_benchmark import TINY
 
     command = ["decoder_profile", "--base", "tiny", "--arm", "tiny", "--batch", "2", "--method", "genarm"]
@@ -460,9 +460,16 @@ def test_decoder_profile_without_a_gpu(tmp_path, monkeypatch, capsys):
     assert guided["floor_us"] == pytest.approx(2 * base["floor_us"], abs=2e-3) and guided["unrecorded_us"] > 0
     assert (guided["step_us"], guided["idle_us"], guided["kernels"]) == (10, 3, 1)
     assert guided["names"] == [["Memcpy DtoH", "copies", 1, 5], ["row_pass", "ours, sampling", 1, 2]]
+    paths = {path["model"]: path["path"] for path in guided["paths"]}
+    assert paths == {"the base": "static", "ARM 'arm1'": "static"}
     assert "tiny + tiny" in capsys.readouterr().out
 
-    for wrong, message in ((["--steps", "0"], "--steps: expected at least 1"), (["--base", "./no"], "no such folder")):
+    monkeypatch.setattr(checks, "static_shapes", lambda model: "planted")
+    for wrong, message in (
+        (["--steps", "0"], "--steps: expected at least 1"),
+        (["--base", "./no"], "no such folder"),
+        ([], "the base: planted"),
+    ):
         monkeypatch.setattr("sys.argv", [*command, *wrong])
         with pytest.raises(SystemExit):
             decoder_profile.main()

@@ -1,12 +1,16 @@
 """`genarm bench` on tiny models: every method runs, and its figures are what they are called."""
 
+import functools
 import json
-import time
+import subprocess
+from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
-from genarm import GenarmError, GuidedDecoder, benchmark, naive
+from genarm import GenarmError, GuidedDecoder, benchmark, checks, naive
 from genarm.engine import Engine
 from test_decoder import byte_tokenizer, make_model
 
@@ -21,6 +25,30 @@ def tiny(monkeypatch):
     monkeypatch.setattr(benchmark, "read_bandwidth", lambda device: 10.0)
 
 
+FORWARD, DRAW = 30e-6, 10e-6
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """In place of the machine's, whose load would be measured too: a forward takes FORWARD, a draw of ours DRAW."""
+    clock = SimpleNamespace(now=0.0, draw=DRAW)
+    forward, draw = LlamaForCausalLM.forward, Engine._draw
+
+    @functools.wraps(forward)
+    def timed_forward(*args, **kwargs):
+        clock.now += FORWARD
+        return forward(*args, **kwargs)
+
+    def timed_draw(*args):
+        clock.now += clock.draw
+        return draw(*args)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", timed_forward)
+    monkeypatch.setattr(Engine, "_draw", timed_draw)
+    monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
 def bench(arms, **options):
     defaults = {"batches": [1, 2], "prompt_tokens": 9, "new_tokens": 5, "rounds": 1, "device": "cpu"}
     return benchmark.bench("tiny", arms, **{**defaults, **options})
@@ -33,8 +61,17 @@ def test_every_method_is_measured(tmp_path, capsys):
     assert (tmp_path / "tokens_per_second-tiny+wide+lora-2.png").stat().st_size > 1000
     assert [row["method"] for row in kept["results"]] == ON_A_CPU * 2
     assert kept["arms"] == ["wide", "lora:2"] and kept["commit"] and kept["machine"]
+    assert kept["genarm"] == version("genarm-kernels")
+    paths = {row["method"]: row["paths"] for row in kept["results"]}
+    assert paths["transformers"] is paths["naive"] is None
+    assert paths["genarm"] == [
+        {"model": model, "path": "static", "why": None, "shared": shared, "compiled": False, "captured": False}
+        for model, shared in {"the base": False, "ARM 'arm1'": False, "ARM 'arm2'": True}.items()
+    ]
+    assert not any(path["shared"] for path in paths["separate"]) and len(paths["base"]) == 1
     out = capsys.readouterr().out
     assert "paper, batch 1: not measured: No module named 'model_arithmetic'" in out
+    forwards = {"transformers": 1, "naive": 3, "base": 1, "separate": 3}
     layer = 4 * 32 * 32 + 2 * 32
     base, wide = (2 * (layer + 3 * 32 * size) + 32 + 32 * 300 for size in (64, 640))
     lora = 2 * 2 * (4 * (32 + 32) + 3 * (32 + 64))
@@ -42,18 +79,43 @@ def test_every_method_is_measured(tmp_path, capsys):
         # bfloat16, but float32 adapters; all weights less input embeddings.
         weights = {"transformers": 2 * base, "base": 2 * base}.get(one.method, 2 * (base + wide) + 4 * lora)
         weights += 2 * base if one.method == "separate" else 0
+        forward = FORWARD * forwards.get(one.method, 2)
+        draw = 0 if one.method in ("transformers", "naive") else DRAW
+        assert one.step_ms / 1e3 == pytest.approx(forward + draw)
+        assert one.first_token_ms / 1e3 == pytest.approx(forward + draw)
+        assert one.outside_percent == (pytest.approx(100 * draw / (forward + draw), abs=0.01) if draw else None)
         assert one.tokens_per_second == pytest.approx(1e3 * one.batch / one.step_ms, rel=1e-3)
         assert one.percent_of_floor == pytest.approx(100 * weights / 10e9 / (one.step_ms / 1e3), abs=0.06)
-        assert (one.outside_percent is None) == (one.method in ("transformers", "naive"))
-        assert one.synchronisations is None and one.first_token_ms > 0 and one.memory_gib > 0
+        assert one.synchronisations is None and one.memory_gib > 0
 
 
-def test_time_outside_of_the_forwards_is_seen(monkeypatch):
-    (quick,) = bench(["wide"], methods=["genarm"], batches=[2], new_tokens=20)
-    draw = Engine._draw
-    monkeypatch.setattr(Engine, "_draw", lambda *args: time.sleep(0.05) or draw(*args))
+def test_time_outside_of_the_forwards_is_seen(clock):
+    clock.draw = 9 * 2 * FORWARD
     (slow,) = bench(["wide"], methods=["genarm"], batches=[2], new_tokens=20)
-    assert 0 < quick.outside_percent < 60 < slow.outside_percent < 100
+    assert slow.outside_percent == pytest.approx(90)
+
+
+def test_the_plain_loop_is_measured_only_where_allowed(monkeypatch):
+    monkeypatch.setattr(checks, "static_shapes", lambda model: "planted")
+    message = r"transformers \d.*: the base: planted; ARM 'arm1': planted; --allow-plain measures all the same"
+    with pytest.raises(GenarmError, match=message):
+        bench(["wide"], methods=["transformers", "genarm"])
+    assert bench(["wide"], methods=["transformers"], batches=[1])  # none of ours
+    (found,) = bench(["wide"], methods=["genarm"], batches=[1], allow_plain=True)
+    assert [(path.path, path.why) for path in found.paths] == [("plain", "planted")] * 2
+
+
+def test_a_commit_is_the_package_s_own(tmp_path, monkeypatch):
+    """Installed within a repository of its user's, it has none."""
+    monkeypatch.delenv("GENARM_COMMIT", raising=False)
+    for command in ("init --quiet", "-c user.name=a -c user.email=a@b commit --quiet --allow-empty --message=a"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
+    rev = ["git", "rev-parse", "--short=10", "HEAD"]
+    head = subprocess.run(rev, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+    for folder, commit in {"python/genarm": head, "venv/lib/python3/site-packages/genarm": "unknown"}.items():
+        (tmp_path / folder).mkdir(parents=True)
+        monkeypatch.setattr(benchmark, "__file__", str(tmp_path / folder / "benchmark.py"))
+        assert benchmark.commit() == commit
 
 
 def test_what_cannot_be_measured_is_said():

@@ -1,11 +1,14 @@
 """The shipped folders: complete, small, and one vocabulary for all three."""
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from genarm import bundled, world
+from bench import demo
+from genarm import GenarmError, GuidedDecoder, bundled, checks, world
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +78,20 @@ def test_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
 def test_unknown_name() -> None:
     with pytest.raises(ValueError, match="unknown bundled model 'large'; the bundled models are base, helpful, polite"):
         bundled.path("large")
+
+
+def test_they_decode_on_the_fast_path() -> None:
+    decoder = GuidedDecoder.from_pretrained(
+        bundled.path("base"), {name: bundled.path(name) for name in world.ATTRIBUTES}
+    )
+    decoder.require_fast_path()
+    assert [str(path) for path in decoder.paths] == ["static caches"] * 3
+
+
+@pytest.mark.parametrize("show", [demo.show_texts, demo.show_speed])
+def test_the_demo_shows_nothing_of_another_path(show, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "static_shapes", lambda model: "planted")
+    screen = io.StringIO()
+    with pytest.raises(GenarmError, match="the base: planted"):
+        show(Console(file=screen))
+    assert not screen.getvalue()

@@ -14,7 +14,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from genarm import cli, training
+from genarm import checks, cli, training
 from genarm_kernels.backends import NAMES, cpu, why_unavailable
 
 TEMPLATE = (
@@ -500,6 +499,19 @@ def test_info(genarm: Genarm) -> None:
         assert re.search(rf"^{name} +\S", out, re.M)
 
 
+def test_info_says_how_given_models_are_run(genarm: Genarm, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = genarm("info").out
+    status, out, err = genarm("info --base base --arm kind=kind")
+    assert (status, err, out.removeprefix(alone)) == (
+        0,
+        "",
+        "path the base     static caches\npath ARM 'kind'   static caches\n",
+    )
+    monkeypatch.setattr(checks, "static_shapes", lambda model: "planted")
+    assert genarm("info --base base").out.removeprefix(alone) == "path the base     plain loop: planted\n"
+    assert genarm("info --arm kind=nowhere/at/all").status == 2
+
+
 def test_train_has_the_options_of_train_arm() -> None:
     options = {p.name: p for p in typer.main.get_command(cli.app).commands["train"].params}  # type: ignore[attr-defined]
     arguments = inspect.signature(training.train_arm).parameters
@@ -546,24 +558,33 @@ def start(root: Path, line: str, **options: Any) -> subprocess.Popen[str]:
     )
 
 
+KILLED = """
+import os, sys
+from genarm import cli, prompts
+append = prompts.Results.append
+def append_and_die(self, records):
+    append(self, records)
+    if self.done == int(sys.argv[1]):
+        os.kill(os.getpid(), int(sys.argv[2]))
+prompts.Results.append = append_and_die
+cli.main(sys.argv[3:])
+"""
+
+
 def test_killed_processes_lose_and_repeat_nothing(genarm: Genarm, root: Path) -> None:
+    """Where a number of results are on the disk, and others under way."""
     texts = [{"prompt": "abcdefgh" * (1 + i % 5)} for i in range(24)]
     (root / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     line = f"{MODELS} --max-new-tokens 24 --prompts many.jsonl --batch-size 2 --out"
-    for kill in (signal.SIGKILL, signal.SIGINT):
-        before = len(read("out.jsonl")) if Path("out.jsonl").exists() else 0
-        process = start(root, f"{line} out.jsonl", stdout=subprocess.PIPE)
-        deadline = time.monotonic() + 60
-        while not Path("out.jsonl").exists() or Path("out.jsonl").read_bytes().count(b"\n") <= before:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(kill)
-        _, err = process.communicate(timeout=60)
-        done = Path("out.jsonl").read_bytes().count(b"\n")
-        assert before < done < len(texts)
-        if kill == signal.SIGINT:
-            assert process.returncode == 130
-            assert err == f"interrupted: {done} of {len(texts)} done; run the same command again to go on\n"
+    for kill, done in {signal.SIGKILL: 5, signal.SIGINT: 9}.items():
+        command = [sys.executable, "-c", KILLED, str(done), str(int(kill)), *shlex.split(f"{line} out.jsonl")]
+        killed = subprocess.run(command, cwd=root, capture_output=True, text=True)
+        assert Path("out.jsonl").read_bytes().count(b"\n") == done
+        if kill == signal.SIGKILL:
+            assert killed.returncode == -kill
+        else:
+            message = f"interrupted: {done} of {len(texts)} done; run the same command again to go on\n"
+            assert (killed.returncode, killed.stderr) == (130, message)
     assert genarm(f"{line} out.jsonl").status == genarm(f"{line} out2.jsonl").status == 0
     assert Path("out.jsonl").read_bytes() == Path("out2.jsonl").read_bytes()
 
@@ -573,7 +594,7 @@ def test_a_closed_pipe_ends_quietly(root: Path) -> None:
     assert process.stdout
     process.stdout.close()  # as `| head -0` does
     assert process.stderr and process.stderr.read() == ""
-    assert process.wait(60) in (0, 1)
+    assert process.wait() in (0, 1)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
@@ -582,16 +603,16 @@ def test_a_full_standard_output_is_one_line(root: Path, monkeypatch: pytest.Monk
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # what is buffered is tried again at exit
     with Path("/dev/full").open("w") as full:
         process = start(root, line, stdout=full)
-    assert process.communicate(timeout=60)[1] == "error: cannot write the output: No space left on device\n"
+    assert process.communicate()[1] == "error: cannot write the output: No space left on device\n"
     assert process.returncode == 2
 
 
 def test_the_script_reports_errors(root: Path) -> None:
     process = start(root, "generate --base nowhere/at/all --prompt x", stdout=subprocess.PIPE)
-    assert process.communicate(timeout=60) == ("", "error: base: no such folder: 'nowhere/at/all'\n")
+    assert process.communicate() == ("", "error: base: no such folder: 'nowhere/at/all'\n")
     assert process.returncode == 2
 
 
 def test_help_does_not_wait_for_torch() -> None:
     code = "import sys, genarm.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -79,7 +79,7 @@ class Emulation:
             "GENARM_EXPECT_BACKENDS": "cuda",
         }
         words = [sys.executable, *map(str, command)]
-        return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
+        return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
 
     def steps(self, module: Path, *ways: int) -> subprocess.CompletedProcess[str]:
         return self.run(SIMT / "steps.py", module, *ways, module=module)

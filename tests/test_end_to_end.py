@@ -5,7 +5,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -34,6 +33,19 @@ def test_true_rewards_rise_with_the_weight():
         assert guidance.p_value(by_weight[0.0], by_weight[1.0]) < 0.001
 
 
+KILLED = """
+import os, signal, sys
+from genarm import cli, training
+class Killed(training.ArmTrainer):
+    def log(self, *args, **kwargs):
+        super().log(*args, **kwargs)
+        if self.state.global_step == 35:
+            os.kill(os.getpid(), signal.SIGKILL)
+training.ArmTrainer = Killed
+cli.main(sys.argv[1:])
+"""
+
+
 def test_lora_arm_from_pairs_to_text(tmp_path):
     """`genarm train` on 2,000 pairs, killed half-way and resumed, then `genarm generate` with the adapter."""
     data = tmp_path / "prefs.jsonl"
@@ -41,12 +53,8 @@ def test_lora_arm_from_pairs_to_text(tmp_path):
     train = ["train", "--base", bundled.path("base"), "--data", data, "--save-steps", 10, "--beta", 0.5, "--lr", 5e-3]
     subprocess.run(command(*train, "--out", tmp_path / "whole"), check=True)
 
-    killed = subprocess.Popen(command(*train, "--out", tmp_path / "killed"))
-    while not (tmp_path / "killed" / "checkpoint-30" / "trainer_state.json").exists():
-        assert killed.poll() is None, "training ended before it could be killed"
-        time.sleep(0.05)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, train), "--out", tmp_path / "killed"], check=False)
+    assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "killed" / "metrics.json").exists()
     subprocess.run(command(*train, "--out", tmp_path / "killed", "--resume"), check=True)
 

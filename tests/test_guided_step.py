@@ -9,7 +9,6 @@ import math
 import re
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -1398,24 +1397,28 @@ def test_run_concurrently() -> None:
 
 @pytest.mark.gpu
 def test_run_concurrently_overlaps_and_joins() -> None:
-    """Two sleeps take the time of one; what follows on the current stream waits for both."""
+    """By the device's own clock each is under way while the other is; what follows waits for both."""
     assert torch.cuda.is_available(), "needs an NVIDIA GPU"
     x = torch.zeros(1, device="cuda")
+    spans = []
 
     def forward(i: int) -> Tensor:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
         torch.cuda._sleep(200_000_000)
+        end.record()
+        spans.append((start, end))
         return x + i
 
-    def seconds(*forwards: Any) -> float:
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        results = run_concurrently(*forwards)
-        total = sum(results, torch.zeros(1, device="cuda"))
-        assert total.item() == sum(range(len(forwards)))
-        return time.perf_counter() - start
-
-    seconds(lambda: forward(0))
-    assert seconds(lambda: forward(0), lambda: forward(1)) < 1.5 * seconds(lambda: forward(0))
+    run_concurrently(lambda: forward(0), lambda: forward(0))
+    spans.clear()
+    origin = torch.cuda.Event(enable_timing=True)
+    origin.record()
+    torch.cuda._sleep(2_000_000_000)  # neither begins before both are queued, so that a slow host keeps none waiting
+    zero, one = run_concurrently(lambda: forward(0), lambda: forward(1))
+    assert (zero + one).item() == 1
+    starts, ends = ([origin.elapsed_time(event) for event in of] for of in zip(*spans, strict=True))
+    assert max(starts) < min(ends)
 
 
 @pytest.mark.gpu

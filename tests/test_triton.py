@@ -145,17 +145,21 @@ def test_a_compiler_sees_through_the_choice() -> None:
 # --- Launching --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def fake(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What Triton's launcher hands to a driver without a GPU behind it (fake_cuda/)."""
+def with_fake_driver(folder: Path, *arguments: str) -> dict[str, Any]:
+    """What fake_cuda/launches.py prints."""
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     if shutil.which("gcc") is None or not header.exists():
         pytest.skip(f"Triton builds its launcher with gcc and {header}")
-    folder = tmp_path_factory.mktemp("driver")
     library = folder / "libcuda.so.1"
     build = ["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, FAKE / "libcuda.c"]
     subprocess.run(build, check=True)
-    return json.loads(run(FAKE / "launches.py", library, TRITON_LIBCUDA_PATH=str(folder)))
+    return json.loads(run(FAKE / "launches.py", library, *arguments, TRITON_LIBCUDA_PATH=str(folder)))
+
+
+@pytest.fixture(scope="module")
+def fake(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What Triton's launcher hands to a driver without a GPU behind it."""
+    return with_fake_driver(tmp_path_factory.mktemp("driver"))
 
 
 def test_two_launches_a_call(fake: dict[str, Any]) -> None:
@@ -195,11 +199,6 @@ def test_arguments_arrive(fake: dict[str, Any]) -> None:
     assert [tensors["token_ptr"], tensors["kept_ptr"], tensors["status_ptr"]] == written
 
     assert (whole["logp_ptr"], whole["width"], whole["numbers"][0]) == (addresses["whole"], 2496, 0.75)
-
-
-def test_a_call_is_quick(fake: dict[str, Any]) -> None:
-    """Python's part of a call; the aim is 40 us, the bound leaves room for a busy machine."""
-    assert fake["call_us"]["numbers"] < 80 and fake["call_us"]["tensors"] < 100, fake["call_us"]
 
 
 # --- Paths ------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from . import loading, naive
 from .decoder import GuidedDecoder
 from .errors import GenarmError
+from .provision import ModelPath
 
 LLAMA_2 = {"model_type": "llama", "vocab_size": 32000}
 LLAMA_3 = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "rope_theta": 500000.0}
@@ -94,6 +96,8 @@ class Measurement:
     """CPU: of a step, the time outside of the models' forwards."""
     synchronisations: float | None
     """GPU: how often the host waits for the device, per token."""
+    paths: list[ModelPath] | None
+    """How each model was run, base first; None for the loops of others."""
 
 
 def bench(
@@ -107,16 +111,18 @@ def bench(
     rounds: int = 3,
     device: str = "auto",
     dtype: str = "bfloat16",
+    allow_plain: bool = False,
     out: Path | None = None,
     console: Console | None = None,
 ) -> list[Measurement]:
     """Measures, prints as it goes, and writes `tokens_per_second-BASE+ARM.json` and `.png` into `out`.
 
     `base` and `arms`: folders, hub names, or shapes of `SHAPES`; an ARM also "lora" or "lora:RANK", an adapter on all
-    linear layers of the base.
+    linear layers of the base. `allow_plain`: measure models without static caches too.
 
     Raises:
-        GenarmError: an unknown method, a model that cannot be loaded, a device that cannot be used.
+        GenarmError: an unknown method, a model that cannot be loaded or has no static caches, a device that cannot be
+            used.
     """
     console = console or Console()
     for method in methods:
@@ -124,6 +130,11 @@ def bench(
             raise GenarmError(f"no method is called {method!r}; there are {', '.join(METHODS)}")
     device = loading.resolve_device(device)
     bench_ = _Bench(base, arms, device, loading.resolve_dtype(dtype), prompt_tokens, new_tokens, rounds)
+    if not allow_plain and not set(methods) <= set(SLOW):
+        try:
+            bench_.require_fast_path()
+        except GenarmError as error:
+            raise GenarmError(f"{error}; --allow-plain measures all the same") from error
     environment = _environment(device)
     floor_ms = bench_.floor_bytes / environment["read_gb_s"] / 1e6
     about = {
@@ -152,7 +163,8 @@ def bench(
                 console.print(f"{method}, batch {batch}: not measured: {loading.first_line(error)}")
                 continue
             results.append(found)
-            console.print(f"{method}, batch {batch}: {found.step_ms:.2f} ms a step", style="dim")
+            how = "".join(f"; {path.model}: {path}" for path in found.paths or ())
+            console.print(f"{method}, batch {batch}: {found.step_ms:.2f} ms a step{how}", style="dim")
     console.print(_table(results))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -188,6 +200,10 @@ class _Bench:
             f"arm{i}": _load_arm(f"arm{i}", source, loaded, device, dtype, seed=i) for i, source in enumerate(arms, 1)
         }
         self._prompts = _prompts(self._tokenizer, prompt_tokens)
+
+    def require_fast_path(self) -> None:
+        """Otherwise a figure of the plain loop would pass for one of the engine's."""
+        GuidedDecoder(self._base, self._tokenizer, self._arms).require_fast_path()
 
     @property
     def floor_bytes(self) -> int:
@@ -235,6 +251,7 @@ class _Bench:
             memory_gib=round(memory / 2**30, 2),
             outside_percent=outside,
             synchronisations=synchronisations,
+            paths=None if decoder is None else decoder.paths,
         )
 
     def _seconds(self, run: Callable[[int], object], new: int) -> float:
@@ -398,6 +415,7 @@ def _environment(device: str) -> dict[str, Any]:
         "machine": torch.cuda.get_device_name(device) if gpu else f"{cpu_model()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
+        "genarm": version("genarm-kernels"),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "commit": commit(),
@@ -416,15 +434,21 @@ def cpu_model() -> str:
 
 
 def commit() -> str:
-    """Of the checkout that this file lies in; GENARM_COMMIT where there is no git."""
+    """Of the checkout that this file lies in, and of no other; GENARM_COMMIT where there is no git."""
     if known := os.environ.get("GENARM_COMMIT"):
         return known
-    describe = ("git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*")
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(("git", *arguments), cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        git = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        # An installed package may lie in a repository of its user's.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return "unknown"
+        return git("describe", "--always", "--dirty", "--abbrev=10", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return git.stdout.strip()
 
 
 def _resident() -> int:

@@ -42,9 +42,9 @@ _input = partial(typer.Option, rich_help_panel="Prompts (standard input, one a l
 _sampling = partial(typer.Option, rich_help_panel="Sampling")
 _output = partial(typer.Option, rich_help_panel="Output")
 
-# Of a token's advantage over the base (see `_advantage`). Blue and red stay apart for the colour-blind.
 # Prompts that are decoded by one call, in batches: the rows of a file that finish early wait no longer than for these.
 _BATCHES_A_BLOCK = 8
+# Of a token's advantage over the base (see `_advantage`). Blue and red stay apart for the colour-blind.
 _BOUNDS = (-2.0, -1.0, -0.25, 0.25, 1.0, 2.0)
 _STYLES = (
     "white on #b2182b",
@@ -283,6 +283,9 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Of which the median counts.")] = 3,
     device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "bfloat16",
+    allow_plain: Annotated[
+        bool, typer.Option("--allow-plain", help="Measure models that decode in the plain loop too, not an error then.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the JSON file and the chart.")] = None,
 ) -> None:
     """Tokens/s of guided decoding against what people run today and against the weights' own floor.
@@ -305,17 +308,30 @@ def bench(
         rounds=rounds,
         device=device,
         dtype=dtype,
+        allow_plain=allow_plain,
         out=out,
     )
 
 
 @app.command()
-def info() -> None:
+def info(
+    base: Annotated[str | None, typer.Option(metavar="DIR", help="Say how this model would be run.")] = None,
+    arm: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=DIR", help="Likewise, an ARM of it. Repeatable.")
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="Where: auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
+    ] = "auto",
+    dtype: Annotated[str, typer.Option(help="In: auto (as stored), float32, bfloat16 or float16.")] = "auto",
+) -> None:
     """Versions, devices, backends (and why one is missing), bundled models.
 
+    With --base or --arm: also whether these models decode on the fast path, and what is shared, compiled and captured.
+
     \b
-    Example:
+    Examples:
       genarm info
+      genarm info --base DIR --arm NAME=DIR
     """
     import platform
     from importlib.metadata import version
@@ -335,6 +351,10 @@ def info() -> None:
         available = f"available, {cpu.instruction_set()}" if name == "cpu" and not reason else "available"
         lines.append((f"backend {name}", f"missing: {reason}" if reason else available))
     lines += [(f"model {name}", _size(bundled.path(name))) for name in bundled.NAMES]
+    if base is not None or arm:
+        decoder = _load(base, _arms(base, arm or [], [])[0], device, dtype, "auto")
+        decoder.generate("How?", max_new_tokens=4)  # a step is captured when it is run for the second time
+        lines += [(f"path {path.model}", str(path)) for path in decoder.paths]
     for name, value in lines:
         typer.echo(f"{name:<18}{value}")
 

@@ -54,6 +54,12 @@ class ModelPath:
     captured: bool
     """Whether its steps are in a CUDA graph, as far as has been seen."""
 
+    def __str__(self) -> str:
+        if self.path == "plain":
+            return f"plain loop: {self.why}" if self.why else "plain loop"
+        more = {"in the base's forward pass": self.shared, "compiled": self.compiled, "in a CUDA graph": self.captured}
+        return ", ".join(["static caches", *(words for words, true in more.items() if true)])
+
 
 @dataclass(frozen=True)
 class Pass:
