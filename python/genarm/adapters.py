@@ -153,7 +153,7 @@ def _read_config(where: str, place: _Place, folder: Path) -> Any:
         raise GenarmError(f"{where} has no usable adapter_config.json: {loading.first_line(error)}") from error
     if kind is None:
         raise GenarmError(f'{where}: its adapter_config.json lacks "peft_type"; a LoRA\'s is "LORA"')
-    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    if str(kind) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise GenarmError(f"{where} is a {kind} adapter, which PEFT {__version__} does not know: pip install -U peft")
     try:
         config = PeftConfig.from_pretrained(place.root, subfolder=place.subfolder or None)
