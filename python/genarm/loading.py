@@ -1,6 +1,8 @@
 """Models and tokenizers from folders or the hub, and the check that they share a vocabulary."""
 
 import copy
+import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,14 +12,21 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from genarm_kernels.validation import OPERAND_DTYPES
 
 from .errors import GenarmError
+from .folders import check_folder
+from .tokens import added_tokens
+
+_LOGGER = logging.getLogger("genarm")
 
 Source = str | Path | torch.nn.Module
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+# What tokenizers call tokens that have no use yet, and padding: <|reserved_special_token_2|>, <unused5>, [PAD], ...
+_UNUSED = re.compile(r"[<\[](.*(reserved|unused|extra|dummy|control|place.?holder).*|\W*pad\W*)[>\]]", re.IGNORECASE)
 INSTALL_TRAIN = "pip install 'genarm-kernels[train]', or in a checkout pip install '.[train]'"
 
 
@@ -33,15 +42,20 @@ def load_base(source: Source, tokenizer: Any, device: str, dtype: str | torch.dt
     if isinstance(source, torch.nn.Module):
         if tokenizer is None:
             raise GenarmError("base: a loaded model needs its tokenizer: pass tokenizer=")
-        return LoadedModel(source, tokenizer)
-    return LoadedModel(load_model("base", source, dtype).to(device), tokenizer or load_tokenizer("base", source))
+        return LoadedModel(source, _given(tokenizer))
+    model = load_model("base", source, dtype).to(device)
+    return LoadedModel(model, _given(tokenizer) or load_tokenizer("base", source))
 
 
 def load_arm(
     name: str, source: Source, base: LoadedModel, tokenizer: Any, device: str, dtype: str | torch.dtype
 ) -> LoadedModel:
-    """An ARM from a folder, a hub name or a loaded model, or a PEFT adapter of the base from a folder or the hub."""
+    """An ARM from a folder, a hub name or a loaded model, or a PEFT adapter of the base from a folder or the hub.
+
+    One without a tokenizer has the base's.
+    """
     label = f"ARM {name!r}"
+    tokenizer = _given(tokenizer)
     if isinstance(source, torch.nn.Module):
         return LoadedModel(source, tokenizer or base.tokenizer)
     _check_exists(label, source)
@@ -49,14 +63,18 @@ def load_arm(
         own = (Path(adapter).parent / "tokenizer_config.json").is_file()
         tokenizer = tokenizer or (load_tokenizer(label, source) if own else base.tokenizer)
         return LoadedModel(_load_adapter(label, source, base.model), tokenizer)
-    return LoadedModel(load_model(label, source, dtype).to(device), tokenizer or load_tokenizer(label, source))
+    model = load_model(label, source, dtype).to(device)
+    if tokenizer is None and not _has_tokenizer(source):
+        _LOGGER.warning("%s: no tokenizer lies in %r: its tokens are taken to be the base's", label, str(source))
+        tokenizer = base.tokenizer
+    return LoadedModel(model, tokenizer or load_tokenizer(label, source))
 
 
 def load_model(label: str, source: str | Path, dtype: str | torch.dtype) -> Any:
     """A causal language model on the CPU, all its weights from the source; GenarmError otherwise."""
     config = load_config(label, source)
-    progress = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    progress = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(source), config=config, dtype=dtype, output_loading_info=True
@@ -65,7 +83,7 @@ def load_model(label: str, source: str | Path, dtype: str | torch.dtype) -> Any:
         raise GenarmError(f"{label}: {str(source)!r} cannot be loaded: {first_line(error)}") from error
     finally:
         if progress:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
     if info["missing_keys"]:  # transformers would decode with random weights in their place
         missing = sorted(info["missing_keys"])
         raise GenarmError(f"{label}: {str(source)!r} lacks {len(missing)} weights of its model, such as {missing[0]}")
@@ -76,9 +94,13 @@ def load_model(label: str, source: str | Path, dtype: str | torch.dtype) -> Any:
 
 def load_tokenizer(label: str, source: str | Path) -> Any:
     """The tokenizer of a folder or hub name; GenarmError when there is none."""
+    check_folder(label, source)
+    if not _has_tokenizer(source):  # transformers would make up an empty one for some models
+        reason = "put its files there, or give their folder as tokenizer (--tokenizer DIR)"
+        raise GenarmError(f"{label}: no tokenizer lies in {str(source)!r}: {reason}")
     try:
         return AutoTokenizer.from_pretrained(str(source))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers itself raises nothing narrower
         raise GenarmError(f"{label}: no tokenizer can be loaded from {str(source)!r}: {first_line(error)}") from error
 
 
@@ -105,18 +127,32 @@ def load_config(label: str, source: str | Path) -> Any:
 
 
 def shared_vocabulary(base: LoadedModel, arms: Mapping[str, LoadedModel]) -> int:
-    """The number of tokens that every model scores and every tokenizer names; GenarmError where the names differ."""
-    names = {label: _strings(loaded.tokenizer) for label, loaded in [("base", base), *arms.items()]}
-    sizes = [1 + max(strings) for strings in names.values()]
-    size = min(sizes + [_width(loaded.model) for loaded in (base, *arms.values())])
-    for arm in arms:
-        for token in range(size):
-            ours, theirs = names["base"].get(token), names[arm].get(token)
-            if ours != theirs and None not in (ours, theirs):
+    """The number of tokens that every model scores and every tokenizer names.
+
+    GenarmError where the names differ. A warning is enough where one tokenizer reserves a token that a later version of
+    it uses: the model that does not know the token scores it as it scores all that it has never seen.
+    """
+    names = [token_names(loaded.tokenizer) for loaded in (base, *arms.values())]
+    widths = [_width(loaded.model) for loaded in (base, *arms.values())]
+    sizes = [1 + max(strings) for strings in names]
+    for label, size, width in zip(["base", *(f"ARM {arm!r}" for arm in arms)], sizes, widths, strict=True):
+        if 2 * size < width:  # a model pads its vocabulary by a fraction; some folders hold the stump of a tokenizer
+            raise GenarmError(
+                f"{label}: its tokenizer has {size} tokens, the model {width}: give the model's own as tokenizer"
+            )
+    shared = min(sizes + widths)
+    for (arm, loaded), own in zip(arms.items(), names[1:], strict=True):
+        differing = [token for token in range(shared) if token in own and names[0].get(token, own[token]) != own[token]]
+        for token in differing:
+            if not (_is_unused(token, base, loaded) or _is_unused(token, loaded, base)):
                 raise GenarmError(
-                    f"ARM {arm!r}: its tokenizer differs from the base's: token {token} is {theirs!r}, not {ours!r}"
+                    f"ARM {arm!r}: its tokenizer differs from the base's: "
+                    f"token {token} is {own[token]!r}, not {names[0][token]!r}"
                 )
-    return size
+        if differing:
+            listed = ", ".join(f"{token} is {own[token]!r}, not {names[0][token]!r}" for token in differing[:3])
+            _LOGGER.warning("ARM %r: %d reserved tokens differ from the base's: %s", arm, len(differing), listed)
+    return shared
 
 
 def embeddings(model: Any) -> int:
@@ -201,8 +237,30 @@ def _check_exists(label: str, source: str | Path) -> None:
         raise GenarmError(f"{label}: no such folder, and no such model on the hub: {name!r}") from error
 
 
-def _strings(tokenizer: Any) -> dict[int, str]:
+def token_names(tokenizer: Any) -> dict[int, str]:
+    """By id."""
     return {token: string for string, token in tokenizer.get_vocab().items()}
+
+
+def _is_unused(token: int, here: LoadedModel, there: LoadedModel) -> bool:
+    """Whether the one tokenizer reserves a token (or pads with it) that may have a use in the other."""
+    tokenizers = (here.tokenizer, there.tokenizer)
+    if not all(token in added_tokens(tokenizer) for tokenizer in tokenizers):
+        return False
+    if any(token in (one.bos_token_id, one.eos_token_id, one.unk_token_id) for one in tokenizers):
+        return False
+    return bool(_UNUSED.fullmatch(here.tokenizer.convert_ids_to_tokens(token)))
+
+
+def _given(tokenizer: Any) -> Any:
+    """A tokenizer that a call was given: itself, or its folder or hub name."""
+    return load_tokenizer("tokenizer", tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
+
+
+def _has_tokenizer(source: str | Path) -> bool:
+    """Whether a folder holds one; True for what is no folder."""
+    folder = Path(source)
+    return not folder.is_dir() or any(True for pattern in _TOKENIZER_FILES for _ in folder.glob(pattern))
 
 
 def _width(model: Any) -> int:
