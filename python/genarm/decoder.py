@@ -163,7 +163,11 @@ class GuidedDecoder:
         """
         device, dtype = loading.resolve_device(device), loading.resolve_dtype(dtype)
         _check_backend(backend, torch.device(device).type)
-        tokenizers = arm_tokenizers or {}
+        tokenizer = loading.given_tokenizer("tokenizer", tokenizer)
+        tokenizers = {
+            name: loading.given_tokenizer(f"arm_tokenizers[{name!r}]", one)
+            for name, one in (arm_tokenizers or {}).items()
+        }
         loaded_base = loading.load_base(base, tokenizer, device, dtype)
         loaded = {
             name: loading.load_arm(name, arm, loaded_base, tokenizers.get(name), device, dtype)

@@ -1,9 +1,9 @@
 """Models and tokenizers from folders or the hub, and the check that they share a vocabulary."""
 
 import copy
-import logging
 import re
 from collections.abc import Mapping
+from logging import getLogger
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging as transformers_logging
+from transformers.utils import logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from genarm_kernels.validation import OPERAND_DTYPES
@@ -21,7 +21,7 @@ from .errors import GenarmError
 from .folders import check_folder
 from .tokens import added_tokens
 
-_LOGGER = logging.getLogger("genarm")
+_LOGGER = getLogger("genarm")
 
 Source = str | Path | torch.nn.Module
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
@@ -42,39 +42,31 @@ def load_base(source: Source, tokenizer: Any, device: str, dtype: str | torch.dt
     if isinstance(source, torch.nn.Module):
         if tokenizer is None:
             raise GenarmError("base: a loaded model needs its tokenizer: pass tokenizer=")
-        return LoadedModel(source, _given(tokenizer))
-    model = load_model("base", source, dtype).to(device)
-    return LoadedModel(model, _given(tokenizer) or load_tokenizer("base", source))
+        return LoadedModel(source, tokenizer)
+    return LoadedModel(load_model("base", source, dtype).to(device), tokenizer or load_tokenizer("base", source))
 
 
 def load_arm(
     name: str, source: Source, base: LoadedModel, tokenizer: Any, device: str, dtype: str | torch.dtype
 ) -> LoadedModel:
-    """An ARM from a folder, a hub name or a loaded model, or a PEFT adapter of the base from a folder or the hub.
-
-    One without a tokenizer has the base's.
-    """
+    """An ARM from a folder, a hub name or a loaded model, or a PEFT adapter of the base from a folder or the hub."""
     label = f"ARM {name!r}"
-    tokenizer = _given(tokenizer)
     if isinstance(source, torch.nn.Module):
         return LoadedModel(source, tokenizer or base.tokenizer)
-    _check_exists(label, source)
+    check_exists(label, source)
     if (adapter := find_adapter_config_file(str(source))) is not None:
         own = (Path(adapter).parent / "tokenizer_config.json").is_file()
         tokenizer = tokenizer or (load_tokenizer(label, source) if own else base.tokenizer)
         return LoadedModel(_load_adapter(label, source, base.model), tokenizer)
     model = load_model(label, source, dtype).to(device)
-    if tokenizer is None and not _has_tokenizer(source):
-        _LOGGER.warning("%s: no tokenizer lies in %r: its tokens are taken to be the base's", label, str(source))
-        tokenizer = base.tokenizer
-    return LoadedModel(model, tokenizer or load_tokenizer(label, source))
+    return LoadedModel(model, tokenizer or arm_tokenizer(label, source, base))
 
 
 def load_model(label: str, source: str | Path, dtype: str | torch.dtype) -> Any:
     """A causal language model on the CPU, all its weights from the source; GenarmError otherwise."""
     config = load_config(label, source)
-    progress = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(source), config=config, dtype=dtype, output_loading_info=True
@@ -83,7 +75,7 @@ def load_model(label: str, source: str | Path, dtype: str | torch.dtype) -> Any:
         raise GenarmError(f"{label}: {str(source)!r} cannot be loaded: {first_line(error)}") from error
     finally:
         if progress:
-            transformers_logging.enable_progress_bar()
+            logging.enable_progress_bar()
     if info["missing_keys"]:  # transformers would decode with random weights in their place
         missing = sorted(info["missing_keys"])
         raise GenarmError(f"{label}: {str(source)!r} lacks {len(missing)} weights of its model, such as {missing[0]}")
@@ -96,7 +88,7 @@ def load_tokenizer(label: str, source: str | Path) -> Any:
     """The tokenizer of a folder or hub name; GenarmError when there is none."""
     check_folder(label, source)
     if not _has_tokenizer(source):  # transformers would make up an empty one for some models
-        reason = "put its files there, or give their folder as tokenizer (--tokenizer DIR)"
+        reason = "put its files there, or, to decode, give their folder as tokenizer (--tokenizer DIR)"
         raise GenarmError(f"{label}: no tokenizer lies in {str(source)!r}: {reason}")
     try:
         return AutoTokenizer.from_pretrained(str(source))
@@ -104,9 +96,25 @@ def load_tokenizer(label: str, source: str | Path) -> Any:
         raise GenarmError(f"{label}: no tokenizer can be loaded from {str(source)!r}: {first_line(error)}") from error
 
 
+def arm_tokenizer(label: str, source: str | Path, base: LoadedModel) -> Any:
+    """The tokenizer that lies beside an ARM, or the base's, with a warning, where there is none."""
+    if _has_tokenizer(source):
+        return load_tokenizer(label, source)
+    _LOGGER.warning("%s: no tokenizer lies in %r: its tokens are taken to be the base's", label, str(source))
+    return base.tokenizer
+
+
+def given_tokenizer(label: str, tokenizer: Any) -> Any:
+    """A tokenizer that a call was given: itself, or what lies in its folder or behind its hub name."""
+    if not isinstance(tokenizer, str | Path):
+        return tokenizer
+    check_exists(label, tokenizer)
+    return load_tokenizer(label, tokenizer)
+
+
 def load_config(label: str, source: str | Path) -> Any:
     """The configuration of a causal language model; GenarmError when the source is missing or holds something else."""
-    _check_exists(label, source)
+    check_exists(label, source)
     try:
         config = AutoConfig.from_pretrained(str(source))
     except (OSError, ValueError, KeyError) as error:
@@ -134,7 +142,7 @@ def shared_vocabulary(base: LoadedModel, arms: Mapping[str, LoadedModel]) -> int
     """
     names = [token_names(loaded.tokenizer) for loaded in (base, *arms.values())]
     widths = [_width(loaded.model) for loaded in (base, *arms.values())]
-    sizes = [1 + max(strings) for strings in names]
+    sizes = [1 + max(strings, default=-1) for strings in names]
     for label, size, width in zip(["base", *(f"ARM {arm!r}" for arm in arms)], sizes, widths, strict=True):
         if 2 * size < width:  # a model pads its vocabulary by a fraction; some folders hold the stump of a tokenizer
             raise GenarmError(
@@ -219,7 +227,7 @@ def _load_adapter(label: str, source: str | Path, base: PreTrainedModel) -> Any:
     return model
 
 
-def _check_exists(label: str, source: str | Path) -> None:
+def check_exists(label: str, source: str | Path) -> None:
     """GenarmError unless the source is a folder, or a model of the hub or of its cache.
 
     The hub is asked once: transformers would ask six times, over 23 seconds, before it says that it cannot be reached.
@@ -252,15 +260,10 @@ def _is_unused(token: int, here: LoadedModel, there: LoadedModel) -> bool:
     return bool(_UNUSED.fullmatch(here.tokenizer.convert_ids_to_tokens(token)))
 
 
-def _given(tokenizer: Any) -> Any:
-    """A tokenizer that a call was given: itself, or its folder or hub name."""
-    return load_tokenizer("tokenizer", tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
-
-
 def _has_tokenizer(source: str | Path) -> bool:
     """Whether a folder holds one; True for what is no folder."""
     folder = Path(source)
-    return not folder.is_dir() or any(True for pattern in _TOKENIZER_FILES for _ in folder.glob(pattern))
+    return not folder.is_dir() or any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
 
 
 def _width(model: Any) -> int:

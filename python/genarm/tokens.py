@@ -49,11 +49,15 @@ def _kinds(tokenizer: Any, size: int) -> Kinds:
         for token in {*tokenizer.all_special_ids, *added_tokens(tokenizer)}
         if not tokenizer.decode([token], skip_special_tokens=True) and tokenizer.decode([token])
     }
-    vocabulary = tokenizer.get_vocab()
-    names = {f"<0x{byte:02X}>": byte for byte in range(256)}
-    in_bytes = {vocabulary[name]: byte for name, byte in names.items() if name in vocabulary}
-    letter_a = vocabulary.get("<0x41>")
-    if letter_a is None or tokenizer.decode([letter_a]) != "A":  # the names mean what they say
+    names = [f"<0x{byte:02X}>" for byte in range(256)]
+    found = [*zip(tokenizer.convert_tokens_to_ids(names), names, range(256), strict=True)]
+    in_bytes = {
+        token: byte
+        for token, name, byte in found
+        if token is not None and tokenizer.convert_ids_to_tokens(token) == name  # not the id of what is unknown
+    }
+    letter_a = found[ord("A")][0]
+    if letter_a not in in_bytes or tokenizer.decode([letter_a]) != "A":  # the names do not mean bytes
         in_bytes = {}
     return Kinds(special, in_bytes)
 
