@@ -330,3 +330,104 @@ def test_only_what_a_folder_holds_is_looked_at(tmp_path):
     (tmp_path / "a.json").mkdir()
     check_folder("base", tmp_path)
     check_folder("base", "some/hub-name")
+
+
+def test_a_base_or_its_tokenizer_in_name_only(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(POINTER)
+    with pytest.raises(GenarmError, match=r"^base: .*tokenizer.json' is a Git LFS pointer"):
+        GuidedDecoder.from_pretrained(tmp_path, device="cpu")
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "Nope"}}')
+    with pytest.raises(GenarmError, match=r"^base: no tokenizer can be loaded"):
+        GuidedDecoder.from_pretrained(tmp_path, device="cpu")
+
+
+def test_folders_without_a_tokenizer(tmp_path, caplog):
+    """transformers makes up a tokenizer of four names for Gemma."""
+    make_model("gemma2", vocab_size=258).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(GenarmError, match=r"^base: no tokenizer lies in '.*model': .*--tokenizer DIR"):
+        GuidedDecoder.from_pretrained(tmp_path / "model", device="cpu")
+    with pytest.raises(GenarmError, match=r"^tokenizer: no such folder"):
+        GuidedDecoder.from_pretrained(tmp_path / "model", tokenizer=tmp_path / "nowhere", device="cpu")
+    assert not caplog.records
+    arms = {"a": tmp_path / "model"}
+    decoder = GuidedDecoder.from_pretrained(
+        tmp_path / "model", arms, tokenizer=str(tmp_path / "tokenizer"), device="cpu"
+    )
+    assert decoder.vocab_size == 258
+    (warning,) = caplog.messages
+    assert warning.startswith("ARM 'a': no tokenizer lies in") and warning.endswith("are taken to be the base's")
+    caplog.clear()
+    folder = str(tmp_path / "tokenizer")
+    GuidedDecoder.from_pretrained(
+        tmp_path / "model", arms, tokenizer=folder, arm_tokenizers={"a": folder}, device="cpu"
+    )
+    assert not caplog.records
+    # As made up.
+    (tmp_path / "model" / "tokenizer_config.json").write_text('{"tokenizer_class": "GemmaTokenizer"}')
+    with pytest.raises(GenarmError, match=r"^base: its tokenizer has \d tokens, the model 258"):
+        GuidedDecoder.from_pretrained(tmp_path / "model", device="cpu")
+    with pytest.raises(GenarmError, match=r"^ARM 'a': its tokenizer has \d tokens, the model 258"):
+        GuidedDecoder.from_pretrained(make_model(), arms, tokenizer=folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "accepted"),
+    [
+        ("<|reserved_special_token_2|>", "<|finetune_right_pad_id|>", True),
+        ("<|python_tag|>", "<|reserved_special_token_5|>", True),
+        ("<unused5>", "<|tool|>", True),
+        ("<pad>", "[PAD]", True),
+        ("<|tool|>", "<pad>", True),
+        ("<|im_start|>", "<|im_end|>", False),
+        ("<|vision_pad|>", "<|tool|>", False),
+        ("reserved", "<|tool|>", False),
+        ("<eos>", "<pad>", False),  # an EOS to one, padding to the other
+        ("<eos>", "<|reserved_special_token_0|>", False),
+    ],
+)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_reserved_tokens_may_have_other_names(ours, theirs, accepted, swapped, caplog):
+    if swapped:
+        ours, theirs = theirs, ours
+    own, other = (in_bytes(name, **({"eos_token": name} if name == "<eos>" else {})) for name in (ours, theirs))
+    model = make_model(vocab_size=257)
+    create = partial(GuidedDecoder, model, own, {"base": model}, arm_tokenizers={"base": other})
+    if accepted:
+        assert create().vocab_size == 257
+        assert f"256 is {theirs!r}, not {ours!r}" in caplog.text
+    else:
+        with pytest.raises(GenarmError, match="ARM 'base': its tokenizer differs from the base's: token 256 is"):
+            create()
+
+
+def test_reserved_names_of_ordinary_tokens_are_no_excuse():
+    own, other = of_words(None, ["red", "<unused1>", "fox"]), of_words(None, ["red", "hare", "fox"])
+    model = make_model(vocab_size=4)
+    with pytest.raises(GenarmError, match="token 2 is 'hare', not '<unused1>'"):
+        GuidedDecoder(model, own, {"a": model}, arm_tokenizers={"a": other})
+
+
+def test_an_eos_that_is_never_drawn_is_named(caplog):
+    small, large = byte_tokenizer(), byte_tokenizer("<|im_end|>")
+    base = make_model(vocab_size=259)
+    base.generation_config.eos_token_id = [1, 258]
+    assert GuidedDecoder(base, large)._eos == {1, 258} and not caplog.records
+    decoder = GuidedDecoder(base, large, {"a": make_model(seed=1)}, arm_tokenizers={"a": small})
+    assert decoder._eos == {1}
+    (warning,) = caplog.messages
+    assert warning.startswith("EOS 258 ('<|im_end|>') lies outside the models' shared vocabulary, 258 tokens")
+
+
+@pytest.mark.parametrize("where", ["generation_config", "config", "nowhere"])
+def test_eos_is_that_of_transformers_generate(where, tmp_path):
+    model = make_model(eos_token_id=None if where == "nowhere" else 7)
+    if where == "generation_config":
+        model.generation_config.eos_token_id = [5, 6]
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    if where == "config":
+        (tmp_path / "generation_config.json").unlink()
+    decoder = GuidedDecoder.from_pretrained(tmp_path, device="cpu")
+    assert decoder._eos == {"generation_config": {5, 6}, "config": {7}, "nowhere": set()}[where]
