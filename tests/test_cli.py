@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import inspect
 import io
@@ -103,6 +104,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "blank.jsonl").write_text("\n\n")
+    (folder / "mark.jsonl").write_bytes(codecs.BOM_UTF8 + b"\n")
+    for name in ("utf-16", "utf-16-le"):  # with a byte order mark, and without
+        (folder / f"{name}.jsonl").write_text('{"prompt": "hello"}\n', encoding=name)
     (folder / "broken.jsonl").write_text('{"prompt": "hello"}\n\n{"prompt": "hel\n')
     return folder
 
@@ -181,6 +185,13 @@ ERRORS = {
     f"{BASE} --arm kind --prompt x": "--arm 'kind': expected NAME=DIR or NAME=DIR:WEIGHT",
     f"{MODELS} --arm kind=terse --prompt x": "--arm: the name 'kind' is given twice",
     f"{MODELS} --prompts blank.jsonl": "blank.jsonl: has no prompts",
+    f"{MODELS} --prompts mark.jsonl": "mark.jsonl: has no prompts",
+    f"{MODELS} --prompts utf-16.jsonl": "utf-16.jsonl:1: is not UTF-8 but seems to be UTF-16; save the text as UTF-8\n",
+    f"{MODELS} --prompts utf-16-le.jsonl": "utf-16-le.jsonl:1: is not UTF-8 but seems to be UTF-16",
+    f"{MODELS} --prompt x --tokenizer ./nowhere": "tokenizer: no such folder: './nowhere'",
+    f"{MODELS} --prompt x --tokenizer odd": "ARM 'kind': its tokenizer differs from the base's: token 0 is '<bos>'",
+    f"{MODELS} --prompt x --tokenizer ./nowhere --out out.jsonl": "tokenizer: no such folder: './nowhere'",
+    "generate --base ./nowhere --prompt x --out out.jsonl": "base: no such folder: './nowhere'",
     f"{MODELS} --prompts nowhere.jsonl": "nowhere.jsonl: cannot be read: No such file or directory",
     f"{MODELS}": "standard input: has no prompts",
     f"{MODELS} --prompts broken.jsonl": "broken.jsonl:3: is not JSON: Unterminated string starting at: column 12\n",
@@ -263,9 +274,26 @@ def test_a_full_disk_is_one_line(genarm: Genarm, monkeypatch: pytest.MonkeyPatch
     )
 
 
+def test_a_disk_that_is_full_for_a_while(genarm: Genarm) -> None:
+    resource = pytest.importorskip("resource")
+    line = f"{MODELS} --prompts good.jsonl --out"
+    genarm(f"{line} out2.jsonl")
+    whole = Path("out2.jsonl").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (whole.index(b"\n") + 100, limits[1]))  # within the second line
+    try:
+        full = genarm(f"{line} out.jsonl")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert full == (2, "", f"error: out.jsonl: cannot be written to: {os.strerror(errno.EFBIG)}\n")
+    assert genarm(f"{line} out.jsonl") == (0, "out.jsonl: 3 of 3 prompts are done\n", "")
+    assert Path("out.jsonl").read_bytes() == whole
+
+
 def test_prompts_come_from_three_places(genarm: Genarm) -> None:
     lines = genarm(MODELS, stdin="hello\n\nWhat now?\r\ntëst\n".encode())
     assert lines.status == 0 and lines.err == ""
+    assert genarm(MODELS, stdin=codecs.BOM_UTF8 + "hello\nWhat now?\ntëst\n".encode()) == lines
     assert re.findall("^=== .*$", lines.out, re.M) == ["=== 1/3: hello", "=== 2/3: What now?", "=== 3/3: tëst"]
     assert genarm(f"{MODELS} --prompts good.jsonl") == lines
     assert genarm(f"{MODELS} --prompt hello --prompt 'What now?' --prompt tëst") == lines
@@ -462,6 +490,52 @@ def test_results_of_another_run_are_left_alone(genarm: Genarm, change: str, name
     status, _, err = genarm(f"{MODELS} --prompts good.jsonl --out out.jsonl {change}")
     assert (status, err) == (2, f"error: out.jsonl:1: belongs to another run ({names}); choose another --out\n")
     assert Path("out.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("changed", ["base", "ARM 'kind'", "tokenizer"])
+def test_results_of_models_that_have_changed_are_left_alone(genarm: Genarm, tmp_path: Path, changed: str) -> None:
+    """The paths are the same."""
+    folders = {name: tmp_path / name for name in ("base", "kind", "tokenizer")}
+    for seed, folder in enumerate(folders.values()):
+        save_model(folder, seed)
+    line = f"{BASE} --base {folders['base']} --arm kind={folders['kind']} --tokenizer {folders['tokenizer']}"
+    line += " --prompts good.jsonl --out out.jsonl"
+    genarm(line)
+    whole = Path("out.jsonl").read_bytes()
+    part = whole[: whole.index(b"\n") + 1]
+    Path("out.jsonl").write_bytes(part)
+    before = {path: path.read_bytes() for path in tmp_path.glob("*/model.safetensors")}
+    save_model(folders[changed.removeprefix("ARM ").strip("'")], seed=9)
+    for lines in (part, whole):
+        Path("out.jsonl").write_bytes(lines)
+        status, _, err = genarm(line)
+        assert status == 2
+        assert err == f"error: out.jsonl:1: belongs to another run ({changed} has changed); choose another --out\n"
+        assert Path("out.jsonl").read_bytes() == lines
+    for path, content in before.items():
+        path.write_bytes(content)
+    assert genarm(line).status == 0
+
+
+def test_results_that_do_not_say_of_which_models_they_are(genarm: Genarm) -> None:
+    """As they were written before."""
+    genarm(f"{MODELS} --prompt hello --out out.jsonl")
+    (row,) = read("out.jsonl")
+    del row["settings"]["identity"]
+    Path("out.jsonl").write_text(json.dumps(row) + "\n")
+    status, _, err = genarm(f"{MODELS} --prompt hello --out out.jsonl")
+    assert status == 2 and "(written by a version that did not record which models it used); choose another" in err
+
+
+def test_the_bases_tokenizer_may_lie_elsewhere(genarm: Genarm, tmp_path: Path) -> None:
+    save_model(tmp_path, seed=0)
+    for file in tmp_path.glob("tokenizer*"):
+        file.unlink()
+    (tmp_path / "chat_template.jinja").unlink()
+    bare = f"generate --base {tmp_path} --max-new-tokens 8 --top-k 40 --prompt hello"
+    status, _, err = genarm(bare)
+    assert status == 2 and "error: base: no tokenizer lies in" in err
+    assert genarm(f"{bare} --tokenizer base") == genarm(f"{BASE} --prompt hello")
 
 
 def test_no_file_loses_its_end(genarm: Genarm) -> None:

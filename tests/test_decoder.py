@@ -40,7 +40,8 @@ def make_model(kind="llama", seed=0, vocab_size=258, **changes):
     """A random model whose logits depend on the whole context, and are spread so that float noise decides nothing."""
     torch.manual_seed(seed)
     sizes = {"max_position_embeddings": 256, **SMALL[kind], **changes}
-    config = AutoConfig.for_model(kind, vocab_size=vocab_size, bos_token_id=0, eos_token_id=1, pad_token_id=0, **sizes)
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
+    config = AutoConfig.for_model(kind, vocab_size=vocab_size, **{**ids, **sizes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

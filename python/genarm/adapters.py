@@ -63,7 +63,7 @@ def load_arm(
         raise GenarmError(f"{label}: {place.root!r} holds no adapter {subfolder!r}; it holds {found or 'none'}")
     if file is None or (not place.subfolder and loading.is_leftover(place.root)):
         model = loading.load_model(label, place.root, dtype).to(device)
-        return loading.LoadedModel(model, tokenizer or loading.load_tokenizer(label, place.root))
+        return loading.LoadedModel(model, tokenizer or loading.arm_tokenizer(label, place.root, base))
     folder = Path(file).parent
     check_folder(label, folder)
     if tokenizer is None and (folder / "tokenizer_config.json").is_file():

@@ -94,6 +94,10 @@ def generate(
     weight: Annotated[
         list[str] | None, _models(metavar="NAME=WEIGHT", help="The weight of an ARM, by its name. Repeatable.")
     ] = None,
+    tokenizer: Annotated[
+        str | None,
+        _models(metavar="DIR", help="Folder or hub name of the base's tokenizer, where it does not lie there."),
+    ] = None,
     device: Annotated[str, _models(help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[str, _models(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
     backend: Annotated[str, _models(help="auto (the fastest), or one that `genarm info` lists.")] = "auto",
@@ -162,8 +166,11 @@ def generate(
     settings: dict[str, Any] = {
         "base": "bundled" if base is None else base,
         "arms": {name: "bundled" if folder is None else folder for name, folder in arms.items()},
+        "tokenizer": tokenizer,
     }
     settings |= {**sampling, "chat": chat, "dtype": dtype, "compare": compare}
+    if out:
+        settings["identity"] = _identities(base, arms, tokenizer)
     rows: list[dict[str, Any]] = [
         {"weights": {**weights, **one.weights}, "seed": seed + i} for i, one in enumerate(work)
     ]
@@ -176,7 +183,7 @@ def generate(
     done = results.done if results else 0
     try:
         if done < len(work):
-            decoder = _load(base, arms, device, dtype, backend)
+            decoder = _load(base, arms, tokenizer, device, dtype, backend)
             chat = bool(decoder.tokenizer.chat_template) if chat is None else chat
             contents = [_content(one, chat) for one in work]
             with _named(work[done:]):
@@ -352,7 +359,7 @@ def info(
         lines.append((f"backend {name}", f"missing: {reason}" if reason else available))
     lines += [(f"model {name}", _size(bundled.path(name))) for name in bundled.NAMES]
     if base is not None or arm:
-        decoder = _load(base, _arms(base, arm or [], [])[0], device, dtype, "auto")
+        decoder = _load(base, _arms(base, arm or [], [])[0], None, device, dtype, "auto")
         decoder.generate("How?", max_new_tokens=4)  # a step is captured when it is run for the second time
         lines += [(f"path {path.model}", str(path)) for path in decoder.paths]
     for name, value in lines:
@@ -419,7 +426,31 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
-def _load(base: str | None, arms: Mapping[str, str | None], device: str, dtype: str, backend: str) -> "GuidedDecoder":
+def _identities(base: str | None, arms: Mapping[str, str | None], tokenizer: str | None) -> dict[str, str]:
+    """What the models are by their content, each by the name that errors call it: a path can be given another model."""
+    _quiet()
+    from . import bundled
+    from .identity import identity
+    from .loading import check_exists
+
+    sources = {
+        "base": bundled.path("base") if base is None else base,
+        **{f"ARM {name!r}": bundled.path(name) if folder is None else folder for name, folder in arms.items()},
+        **({"tokenizer": tokenizer} if tokenizer else {}),
+    }
+    for label, source in sources.items():
+        check_exists(label, source)
+    return {label: identity(source) for label, source in sources.items()}
+
+
+def _load(
+    base: str | None,
+    arms: Mapping[str, str | None],
+    tokenizer: str | None,
+    device: str,
+    dtype: str,
+    backend: str,
+) -> "GuidedDecoder":
     _quiet()
     from . import bundled
     from .decoder import GuidedDecoder
@@ -427,6 +458,7 @@ def _load(base: str | None, arms: Mapping[str, str | None], device: str, dtype: 
     return GuidedDecoder.from_pretrained(
         bundled.path("base") if base is None else base,
         {name: bundled.path(name) if folder is None else folder for name, folder in arms.items()},
+        tokenizer=tokenizer,
         device=device,
         dtype=dtype,
         backend=backend,

@@ -5,6 +5,7 @@ prompts -> token ids -> [base forward | ARM forwards] -> guided_step -> tokens -
                          +------------- one token a row ------------+
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -21,6 +22,9 @@ from .errors import GenarmError, PromptError
 from .prompts import check_arm
 from .provision import ModelPath, Options, Provider
 from .text import TextStream
+from .tokens import encode_prompt
+
+_LOGGER = logging.getLogger("genarm")
 
 Messages: TypeAlias = Sequence[Mapping[str, str]]
 PerPrompt: TypeAlias = float | Sequence[float]
@@ -37,7 +41,9 @@ class GenerationResult:
     """
 
     texts: list[str]
-    """The continuations, without special tokens, cut before the first stop string."""
+    """The continuations, without special tokens, cut before the first stop string. Bytes that are no character are
+    shown as U+FFFD.
+    """
     tokens: list[list[int]]
     """The ids drawn."""
     logprobs: list[list[float]]
@@ -105,8 +111,9 @@ class GuidedDecoder:
         The last four change how fast the tokens come, not which. Models without static caches do without them.
 
         Raises:
-            GenarmError: tokenizers that give a shared id different strings (the first is named), EOS ids that not every
-                model has, a backend that cannot run.
+            GenarmError: tokenizers that give a shared id different strings (the first is named; where one of them
+                merely reserves the token, a warning), a tokenizer of less than half of its model's tokens, EOS ids of
+                which none is shared (a warning where some are), a backend that cannot run.
         """
         tokenizers = dict(arm_tokenizers or {})
         for name in tokenizers:
@@ -118,10 +125,7 @@ class GuidedDecoder:
             for name, arm in (arms or {}).items()
         }
         self.vocab_size = loading.shared_vocabulary(self._base, self._arms)
-        eos = getattr(getattr(base, "generation_config", None), "eos_token_id", None)
-        self._eos = frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
-        if self._eos and min(self._eos) >= self.vocab_size:
-            raise GenarmError(f"EOS {sorted(self._eos)} lies outside the models' shared vocabulary, {self.vocab_size}")
+        self._eos = _eos(base, tokenizer, self.vocab_size)
         self._provider = Provider(
             base,
             {name: arm.model for name, arm in self._arms.items()},
@@ -148,7 +152,8 @@ class GuidedDecoder:
         Args:
             base: folder or hub name of a transformers causal language model, or a loaded model (then with `tokenizer`).
             arms: by name: likewise, or the folder or hub name of a PEFT adapter of the base, which shares its weights.
-            tokenizer, arm_tokenizers: in place of those that lie beside the models.
+            tokenizer, arm_tokenizers: in place of those that lie beside the models; loaded, or a folder or hub name. An
+                ARM without a tokenizer has the base's.
             device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ... Loaded models stay where they are.
             dtype: "auto" (as stored), a torch dtype or its name.
             backend, options: as in the constructor.
@@ -159,7 +164,11 @@ class GuidedDecoder:
         """
         device, dtype = loading.resolve_device(device), loading.resolve_dtype(dtype)
         _check_backend(backend, torch.device(device).type)
-        tokenizers = arm_tokenizers or {}
+        tokenizer = loading.given_tokenizer("tokenizer", tokenizer)
+        tokenizers = {
+            name: loading.given_tokenizer(f"arm_tokenizers[{name!r}]", one)
+            for name, one in (arm_tokenizers or {}).items()
+        }
         loaded_base = loading.load_base(base, tokenizer, device, dtype)
         loaded = {
             name: adapters.load_arm(name, arm, loaded_base, tokenizers.get(name), device, dtype)
@@ -220,15 +229,20 @@ class GuidedDecoder:
     ) -> GenerationResult:
         """Continues every prompt until its EOS token, a stop string or max_new_tokens.
 
+        EOS is what it is for transformers' generate: the eos_token_id of the base's generation_config, which a folder
+        without generation_config.json takes from config.json. Where that is None, no token ends a row.
+
         Args:
-            prompts: one prompt or many, of any lengths (a chat may stand among many); or
+            prompts: one prompt or many, of any lengths (a chat may stand among many), tokenised with BOS where the
+                tokenizer adds it, and without the EOS that some append; an empty one is BOS alone; or
             messages: one chat or many (lists of {"role", "content"}), rendered by the tokenizer's chat template.
             arm_prompts: by ARM, the prompts (or chats) it sees in place of the base's; the continuation is shared.
             weights: by ARM, a number or one a prompt; or a mapping a prompt. An ARM left out has weight 0; None gives
                 every ARM weight 1. See `guided_step` for what weights mean.
             max_new_tokens, temperature, top_k, top_p, min_p: a number or one a prompt, as `guided_step` has them.
             seed: a number s gives prompt b the seed s + b; or one a prompt. Position is the index in the continuation.
-            stop: strings that end a continuation, wherever tokens begin and end.
+            stop: strings that end a continuation, wherever tokens begin and end. They may name special tokens, such as
+                "<|im_end|>\\n", though `texts` are without these.
             batch_size: prompts decoded at once, at most; a prompt that ends makes room for the next one. Left out, as
                 many as fit into memory, up to 256 on a GPU and 32 elsewhere.
 
@@ -461,6 +475,25 @@ class _Request:
     stop: list[str]
 
 
+def _eos(base: Any, tokenizer: Any, vocab_size: int) -> frozenset[int]:
+    """The ids that end a row, as transformers' generate has them: those of the base's generation_config.
+
+    GenarmError when the models share none of them; a warning names those they do not share.
+    """
+    eos = getattr(getattr(base, "generation_config", None), "eos_token_id", None)
+    every = frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
+    drawn = frozenset(token for token in every if token < vocab_size)
+    if every and not drawn:
+        raise GenarmError(f"EOS {sorted(every)} lies outside the models' shared vocabulary, {vocab_size}")
+    names = loading.token_names(tokenizer)
+    for token in sorted(every - drawn):
+        _LOGGER.warning(
+            "EOS %d (%r) lies outside the models' shared vocabulary, %d tokens, and is never drawn; rows end at EOS %s",
+            token, names.get(token), vocab_size, sorted(drawn),
+        )  # fmt: skip
+    return drawn
+
+
 def _check_backend(name: str, device_type: str) -> str:
     try:
         backends.load(validation.backend(name), device_type, 1)
@@ -498,10 +531,10 @@ def _render(index: int, tokenizer: Any, one: Any) -> tuple[str, bool]:
 
 
 def _encode(tokenizer: Any, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
-    encoded = [tokenizer(text, add_special_tokens=special)["input_ids"] for text, special in texts]
+    encoded = [encode_prompt(tokenizer, text, special) for text, special in texts]
     for i, ids in enumerate(encoded):
         if not ids:
-            raise PromptError(i, "has no tokens")
+            raise PromptError(i, "has no tokens: it is empty, and the tokenizer puts no BOS before it; give some text")
     return encoded
 
 

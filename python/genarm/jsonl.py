@@ -1,5 +1,6 @@
 """Files with a JSON object a line, and the checks that their readers share."""
 
+import codecs
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,8 +32,17 @@ def rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def lines(stream: BinaryIO, name: str) -> Iterator[tuple[str, bytes]]:
-    """The lines of a stream that are not blank, without their ends, each after its place, "name:line"."""
-    return ((f"{name}:{i}", line.rstrip(b"\r\n")) for i, line in enumerate(stream, start=1) if line.strip())
+    """The lines of a stream that are not blank, without their ends, each after its place, "name:line".
+
+    A byte order mark of UTF-8 at the beginning is passed over; GenarmError for text in UTF-16.
+    """
+    for i, line in enumerate(stream, start=1):
+        if i == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if b"\0" in line or (i == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))):
+            raise GenarmError(f"{name}:{i}: is not UTF-8 but seems to be UTF-16; save the text as UTF-8")
+        if line.strip():
+            yield f"{name}:{i}", line.rstrip(b"\r\n")
 
 
 def check_text(value: Any, what: str) -> None:

@@ -1,7 +1,9 @@
 """Models and tokenizers from folders or the hub, and the check that they share a vocabulary."""
 
 import copy
+import re
 from collections.abc import Iterable, Mapping
+from logging import getLogger
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +17,16 @@ from genarm_kernels.validation import OPERAND_DTYPES
 
 from . import transformers_api
 from .errors import GenarmError
+from .folders import check_folder
+from .tokens import added_tokens
 from .transformers_api import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, find_adapter_config_file
 
+_LOGGER = getLogger("genarm")
+
 Source = str | Path | torch.nn.Module
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+# What tokenizers call tokens that have no use yet, and padding: <|reserved_special_token_2|>, <unused5>, [PAD], ...
+_UNUSED = re.compile(r"[<\[](.*(reserved|unused|extra|dummy|control|place.?holder).*|\W*pad\W*)[>\]]", re.IGNORECASE)
 INSTALL_TRAIN = "pip install 'genarm-kernels[train]', or in a checkout pip install '.[train]'"
 
 
@@ -65,15 +74,36 @@ def load_model(label: str, source: str | Path, dtype: str | torch.dtype) -> Any:
 
 def load_tokenizer(label: str, source: str | Path) -> Any:
     """The tokenizer of a folder or hub name; GenarmError when there is none."""
+    check_folder(label, source)
+    if not _has_tokenizer(source):  # transformers would make up an empty one for some models
+        reason = "put its files there, or, to decode, give their folder as tokenizer (--tokenizer DIR)"
+        raise GenarmError(f"{label}: no tokenizer lies in {str(source)!r}: {reason}")
     try:
         return AutoTokenizer.from_pretrained(str(source))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers itself raises nothing narrower
         raise GenarmError(f"{label}: no tokenizer can be loaded from {str(source)!r}: {first_line(error)}") from error
+
+
+def arm_tokenizer(label: str, source: str | Path, base: LoadedModel) -> Any:
+    """The tokenizer that lies beside an ARM, or the base's, with a warning, where there is none."""
+    if _has_tokenizer(source):
+        return load_tokenizer(label, source)
+    _LOGGER.warning("%s: no tokenizer lies in %r: its tokens are taken to be the base's", label, str(source))
+    return base.tokenizer
+
+
+def given_tokenizer(label: str, tokenizer: Any) -> Any:
+    """A tokenizer that a call was given: itself, or what lies in its folder or behind its hub name."""
+    if not isinstance(tokenizer, str | Path):
+        return tokenizer
+    check_exists(label, tokenizer)
+    return load_tokenizer(label, tokenizer)
 
 
 def load_config(label: str, source: str | Path) -> Any:
     """The configuration of a causal language model; GenarmError when the source is missing or holds something else."""
     check_exists(label, source)
+    check_folder(label, source)
     if find_adapter_config_file(str(source)) is not None and not is_leftover(source):
         raise GenarmError(
             f"{label}: {str(source)!r} is a LoRA adapter; give it as --arm NAME=DIR, and its base as --base (if it is "
@@ -100,18 +130,32 @@ def load_config(label: str, source: str | Path) -> Any:
 
 
 def shared_vocabulary(base: LoadedModel, arms: Mapping[str, LoadedModel]) -> int:
-    """The number of tokens that every model scores and every tokenizer names; GenarmError where the names differ."""
-    names = {label: _strings(loaded.tokenizer) for label, loaded in [("base", base), *arms.items()]}
-    sizes = [1 + max(strings) for strings in names.values()]
-    size = min(sizes + [_width(loaded.model) for loaded in (base, *arms.values())])
-    for arm in arms:
-        for token in range(size):
-            ours, theirs = names["base"].get(token), names[arm].get(token)
-            if ours != theirs and None not in (ours, theirs):
+    """The number of tokens that every model scores and every tokenizer names.
+
+    GenarmError where the names differ. A warning is enough where one tokenizer reserves a token that a later version of
+    it uses: the model that does not know the token scores it as it scores all that it has never seen.
+    """
+    names = [token_names(loaded.tokenizer) for loaded in (base, *arms.values())]
+    widths = [_width(loaded.model) for loaded in (base, *arms.values())]
+    sizes = [1 + max(strings, default=-1) for strings in names]
+    for label, size, width in zip(["base", *(f"ARM {arm!r}" for arm in arms)], sizes, widths, strict=True):
+        if 2 * size < width:  # a model pads its vocabulary by a fraction; some folders hold the stump of a tokenizer
+            raise GenarmError(
+                f"{label}: its tokenizer has {size} tokens, the model {width}: give the model's own as tokenizer"
+            )
+    shared = min(sizes + widths)
+    for (arm, loaded), own in zip(arms.items(), names[1:], strict=True):
+        differing = [token for token in range(shared) if token in own and names[0].get(token, own[token]) != own[token]]
+        for token in differing:
+            if not (_is_unused(token, base, loaded) or _is_unused(token, loaded, base)):
                 raise GenarmError(
-                    f"ARM {arm!r}: its tokenizer differs from the base's: token {token} is {theirs!r}, not {ours!r}"
+                    f"ARM {arm!r}: its tokenizer differs from the base's: "
+                    f"token {token} is {own[token]!r}, not {names[0][token]!r}"
                 )
-    return size
+        if differing:
+            listed = ", ".join(f"{token} is {own[token]!r}, not {names[0][token]!r}" for token in differing[:3])
+            _LOGGER.warning("ARM %r: %d reserved tokens differ from the base's: %s", arm, len(differing), listed)
+    return shared
 
 
 def embeddings(model: Any) -> int:
@@ -182,8 +226,25 @@ def check_exists(label: str, source: str | Path) -> None:
         raise GenarmError(f"{label}: no such folder, and no such model on the hub: {name!r}") from error
 
 
-def _strings(tokenizer: Any) -> dict[int, str]:
+def token_names(tokenizer: Any) -> dict[int, str]:
+    """By id."""
     return {token: string for string, token in tokenizer.get_vocab().items()}
+
+
+def _is_unused(token: int, here: LoadedModel, there: LoadedModel) -> bool:
+    """Whether the one tokenizer reserves a token (or pads with it) that may have a use in the other."""
+    tokenizers = (here.tokenizer, there.tokenizer)
+    if not all(token in added_tokens(tokenizer) for tokenizer in tokenizers):
+        return False
+    if any(token in (one.bos_token_id, one.eos_token_id, one.unk_token_id) for one in tokenizers):
+        return False
+    return bool(_UNUSED.fullmatch(here.tokenizer.convert_ids_to_tokens(token)))
+
+
+def _has_tokenizer(source: str | Path) -> bool:
+    """Whether a folder holds one; True for what is no folder."""
+    folder = Path(source)
+    return not folder.is_dir() or any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
 
 
 def _width(model: Any) -> int:

@@ -185,4 +185,10 @@ def _difference(line: bytes, known: dict[str, Any]) -> str:
         old, new = old | old["settings"], known | known["settings"]
     except (ValueError, TypeError, KeyError):
         return "not a line of results"
-    return "other " + ", ".join(key for key in new if key != "settings" and old.get(key) != new[key])
+    other = [key for key in new if key not in ("settings", "identity") and old.get(key) != new[key]]
+    if other:
+        return "other " + ", ".join(other)
+    if "identity" not in old:
+        return "written by a version that did not record which models it used"
+    changed = [label for label, content in new["identity"].items() if old["identity"].get(label) != content]
+    return ", ".join(f"{label} has changed" for label in changed)
