@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -169,20 +170,14 @@ CHAT = '{"prompt": [{"role": "user", "content": "p"}], "chosen": %s, "rejected":
         ('{"prompt": "p", "rejected": "r"}', "has no chosen"),
         ('{"chosen": "c"}', "has no prompt and no rejected"),
         ('{"prompt": 3, "chosen": "c", "rejected": "r"}', "prompt is neither a string nor a list"),
-        ('{"prompt": "p", "chosen": null, "rejected": "r"}', "chosen is not a string"),
-        ('{"prompt": "p", "chosen": [{"role": "assistant", "content": "c"}], "rejected": "r"}', "chosen is not a str"),
-        ('{"prompt": "p", "chosen": "c", "rejected": ""}', "rejected is empty"),
-        ('{"prompt": "p", "chosen": "c", "rejected": "c"}', "chosen and rejected are the same"),
+        ('{"prompt": "p", "chosen": 7, "rejected": "r"}', "chosen is not a string"),
         ('{"prompt": "p", "chosen": "c", "rejected": "\\ud800"}', "rejected is not valid Unicode"),
         ('{"prompt": [], "chosen": "c", "rejected": "r"}', "prompt has no messages"),
         (CHAT % "7", "chosen is not a list of messages"),
-        (CHAT % "[]", "chosen has no messages"),
         (CHAT % '[{"role": "\\ud800", "content": "c"}]', "chosen is not valid Unicode"),
         (CHAT % '["c"]', "chosen has a message that is not an object"),
         (CHAT % '[{"content": "c"}]', "chosen has a message whose role is missing"),
         (CHAT % '[{"role": "assistant", "content": null}]', "chosen has a message whose content is missing"),
-        (CHAT % '""', "chosen is empty"),
-        (CHAT % '[{"role": "assistant", "content": "r"}]', "chosen and rejected are the same"),
     ],
 )
 def test_malformed_row_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -195,7 +190,9 @@ def test_malformed_row_is_named(tmp_path: Path, line: str, message: str) -> None
 
 def test_files_without_rows(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n\n")
-    for path, message in [("missing.jsonl", "No such file"), ("empty.jsonl", "has no rows"), ("", "cannot be read")]:
+    (tmp_path / "folder").mkdir()
+    folder = "cannot be read" if find_spec("datasets") else r"needs datasets: pip install 'gen.*\[train\]'"
+    for path, message in [("missing.jsonl", "No such file"), ("empty.jsonl", "has no rows"), ("folder", folder)]:
         with pytest.raises(GenarmError, match=message):
             read_preferences(tmp_path / path)
 
@@ -223,8 +220,8 @@ def test_chat_rows_go_through_the_template(tokenizer: Any) -> None:
     rows = [Preference([{"role": "user", "content": "hi"}], answer("yes"), answer("no"), "f:1")]
     (pair,), _ = encode_preferences(rows, tokenizer, 99)
     assert tokenizer.decode(pair["prompt"]) == "<user>hi<eos>\n<assistant>"
-    assert tokenizer.decode(pair["chosen"]) == "yes<eos>\n"  # and no second <eos>
-    assert tokenizer.decode(pair["rejected"]) == "no<eos>\n"
+    assert tokenizer.decode(pair["chosen"]) == "yes<eos>"  # no second one, and nothing after it: decoding stops there
+    assert tokenizer.decode(pair["rejected"]) == "no<eos>"
     tokenizer.chat_template = TEMPLATE.replace("{{ eos_token }}", ".")
     (pair,), _ = encode_preferences(rows, tokenizer, 99)
     assert tokenizer.decode(pair["chosen"]) == "yes.\n<eos>"

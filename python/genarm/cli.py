@@ -224,7 +224,12 @@ def train(
     context: typer.Context,
     base: Annotated[str, typer.Option(metavar="DIR", help="Folder or hub name of the model to start from.")],
     data: Annotated[
-        Path, typer.Option(metavar="FILE.jsonl", help='Rows {"prompt": ..., "chosen": ..., "rejected": ...}.')
+        str,
+        typer.Option(
+            metavar="FILE|NAME",
+            help="Preferences: a file (JSON lines, JSON, .gz, Parquet), a folder, or OWNER/NAME[:SPLIT] of the hub. "
+            "The format is recognised: prompt, chosen, rejected; HH-RLHF, PKU-SafeRLHF, UltraFeedback, ...",
+        ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the ARM: a new or empty one.")],
     lora_r: Annotated[int, typer.Option(help="Rank of the adapter; 0 trains all the weights.")] = 8,
@@ -249,12 +254,24 @@ def train(
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
     seed: Annotated[int, typer.Option(help="Of the held-out rows, the adapter, the order and dropout.")] = 0,
     verbose: Annotated[bool, typer.Option("--verbose/--quiet", help="Show the loss as it falls.")] = True,
+    objective: Annotated[
+        str | None,
+        typer.Option(metavar="better|safer", help="Which label of PKU-SafeRLHF to train on; better if not given."),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse data with useless rows (equal, empty, tied) and name them.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show three examples, the tokens with loss marked; train nothing.")
+    ] = False,
 ) -> None:
     """Train an ARM on preference pairs.
 
     \b
     Examples:
       genarm train --base DIR --data FILE.jsonl --out kind
+      genarm train --base DIR --data Anthropic/hh-rlhf --out kind --dry-run
+      genarm train --base DIR --data PKU-Alignment/PKU-SafeRLHF:train --objective safer --out safe
       genarm train --base DIR --data FILE.jsonl --out kind --resume
     """
     try:

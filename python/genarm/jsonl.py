@@ -1,7 +1,9 @@
-"""Files with a JSON object a line, and the checks that their readers share."""
+"""Files of JSON objects, and the checks that their readers share."""
 
 import codecs
+import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -10,25 +12,43 @@ from .errors import GenarmError
 
 
 def rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a file, each after its place, "path:line"; blank lines are passed over.
+    """The objects of a file with one a line, or of a JSON array, either of which may be compressed by gzip.
+
+    Each comes after its place, "path:line"; in an array this counts its elements. Blank lines are passed over.
 
     Raises:
         GenarmError: the file cannot be read; "path:line: ..." for the first line that is not an object.
     """
     try:
-        with Path(path).open("rb") as stream:
-            for where, line in lines(stream, str(path)):
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:  # whose text counts lines of its own
-                    raise GenarmError(f"{where}: is not JSON: {error.msg}: column {error.colno}") from error
-                except (ValueError, RecursionError) as error:
-                    raise GenarmError(f"{where}: is not JSON: {error}") from error
+        with Path(path).open("rb") as file:
+            stream: Any = gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else file
+            array = stream.peek(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+            for where, row in _elements(stream, str(path)) if array else _parsed_lines(stream, str(path)):
                 if not isinstance(row, dict):
                     raise GenarmError(f"{where}: is not an object")
                 yield where, row
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise GenarmError(f"{path}: cannot be unpacked: {error}") from error
     except OSError as error:
         raise GenarmError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _parsed_lines(stream: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
+    return ((where, _parsed(line, where)) for where, line in lines(stream, name))
+
+
+def _elements(stream: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
+    return ((f"{name}:{i}", row) for i, row in enumerate(_parsed(stream.read(), name), start=1))
+
+
+def _parsed(text: bytes, where: str) -> Any:
+    try:
+        return json.loads(text)  # passes over a byte order mark
+    except json.JSONDecodeError as error:  # whose text counts lines of its own
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise GenarmError(f"{where}: is not JSON: {error.msg}: {line}column {error.colno}") from error
+    except (ValueError, RecursionError) as error:
+        raise GenarmError(f"{where}: is not JSON: {error}") from error
 
 
 def lines(stream: BinaryIO, name: str) -> Iterator[tuple[str, bytes]]:

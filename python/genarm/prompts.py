@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 from . import jsonl
 from .errors import GenarmError
+from .locking import lock
 
 _LARGEST = 3.4028234663852886e38  # of float32
 
@@ -104,7 +105,7 @@ class Results:
             raise GenarmError(f"{path}: cannot be written to: not a regular file")
         try:
             self._file = path.open("a+b")
-            _lock(self._file)
+            lock(self._file)
         except BlockingIOError as error:
             raise GenarmError(f"{path}: another process is writing to it") from error
         except OSError as error:
@@ -143,18 +144,6 @@ def _decode(line: bytes, where: str) -> str:
         return line.decode()
     except UnicodeDecodeError as error:
         raise GenarmError(f"{where}: is not valid UTF-8: {error.reason}") from error
-
-
-def _lock(file: BinaryIO) -> None:
-    """Until the file is closed; BlockingIOError when another has it. Nothing where files cannot be locked."""
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except (ImportError, OSError):  # Windows; some network file systems
-        pass
 
 
 def _some(prompts: list[Prompt], name: str) -> list[Prompt]:

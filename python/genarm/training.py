@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,17 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+from safetensors import SafetensorError
 from torch.nn import functional
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from . import loading, transformers_api
 from .errors import GenarmError
+from .identity import identity
+from .locking import lock
 from .preferences import encode_preferences, read_preferences
 
 
@@ -116,6 +120,22 @@ class ArmTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
+@contextmanager
+def _writing_to(out: Path) -> Iterator[None]:
+    """GenarmError for what cannot be written, by whichever library: above all on a full disk."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch has no exception of its own for a file that it cannot write.
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in ("PytorchStream", "iostream")):
+            raise
+        for checkpoint in out.glob("checkpoint-[0-9]*"):
+            if not _complete(checkpoint):  # of no use, and it takes room
+                shutil.rmtree(checkpoint, ignore_errors=True)
+        why = getattr(error, "strerror", None) or loading.first_line(error)
+        raise GenarmError(f"{out}: cannot be written to: {why}; make room and go on by --resume") from error
+
+
 class _Progress(TrainerCallback):
     """About twenty lines a run instead of a line per step."""
 
@@ -161,6 +181,9 @@ def train_arm(
     bf16: bool = False,
     seed: int = 0,
     verbose: bool = True,
+    objective: str | None = None,
+    strict: bool = False,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Train an ARM on preference pairs by minimising GenARM's objective (arXiv 2410.08193), ``preference_loss``.
 
@@ -169,8 +192,10 @@ def train_arm(
 
     Args:
         base: folder or hub name of the causal language model to start from, with its tokenizer.
-        data: JSONL file of preferences, see ``genarm.preferences.read_preferences``.
-        out: folder for the result; it must be empty or new, or with ``resume`` hold the run to go on with.
+        data: preferences in one of many formats, see ``genarm.preferences.read_preferences``: a file, a folder, or a
+            data set on the hub such as "Anthropic/hh-rlhf" or "PKU-Alignment/PKU-SafeRLHF:train".
+        out: folder for the result; it must be empty or new, or with ``resume`` hold the run to go on with. It is locked
+            meanwhile: a second training in it is refused.
         lora_r: rank of the adapter; 0 trains all the weights.
         beta: scale from nats to the logit of the preference.
         batch_size: pairs per optimiser step, all accumulation steps together.
@@ -185,27 +210,34 @@ def train_arm(
         bf16: compute in bfloat16; the weights stay float32, but for those that LoRA freezes.
         seed: of the held-out rows, the adapter's initialisation, the order of the pairs and dropout.
         verbose: print progress and a summary to stdout.
+        objective: "better" or "safer", for data that have a label for each.
+        strict: refuse data that have rows which nothing can be learned from, instead of leaving them out.
+        dry_run: print three examples with the tokens that carry loss, whatever ``verbose`` is, and train nothing;
+            ``out`` is not touched.
 
     Returns:
         The metrics, also in ``out/metrics.json``. On the held-out pairs: ``eval_loss``; ``preference_accuracy``, the
         fraction with log pi_r(y_w | x) > log pi_r(y_l | x); ``reward_margin_nats``, the mean difference of the two;
         ``reward_margin``, beta times that, dimensionless. Besides: ``train_loss`` (mean over all steps), ``steps``,
         ``train_pairs``, ``eval_pairs``, ``prompts_truncated`` out of ``prompts``, ``responses_truncated`` out of
-        ``responses``.
+        ``responses``, ``dropped_...`` by reason where rows were left out. Of a dry run: the counts alone.
 
         ``out`` gets the adapter (or model) and tokenizer, ``log.jsonl`` with the loss of each step, and ``run.json``
         with the settings.
 
     Raises:
         GenarmError: a setting, the data, the base or ``out`` cannot be used (before training starts), the run in
-            ``out`` has other settings, or a loss is not finite.
+            ``out`` has other settings, data or another base, a loss is not finite, or the disk is full. The last
+            whole checkpoint is then kept.
 
     >>> train_arm("path/to/base", "prefs.jsonl", "arm", epochs=3)["preference_accuracy"]  # doctest: +SKIP
     0.71
     """
     settings: dict[str, Any] = {
         "base": str(base),
+        "base_identity": "",
         "data_sha256": "",
+        "objective": objective,
         "lora_r": lora_r,
         "lora_alpha": 2 * lora_r if lora_alpha is None else lora_alpha,
         "lora_dropout": lora_dropout,
@@ -226,97 +258,174 @@ def train_arm(
             raise GenarmError(f"training needs {package}: {loading.INSTALL_TRAIN}")
 
     console = Console(quiet=not verbose, highlight=False, markup=False, soft_wrap=True)
-    rows = read_preferences(data)
-    settings["data_sha256"] = hashlib.sha256(Path(data).read_bytes()).hexdigest()
-    out = Path(out)
-    checkpoint = _open_run(out, settings, resume)
-    if resume and (out / "metrics.json").exists():
-        console.print(f"{out}: the run is finished")
-        _remove_checkpoints(out)
-        return json.loads((out / "metrics.json").read_text())
-    if resume:
-        console.print(f"going on from {checkpoint}" if checkpoint else f"{out}: no checkpoint yet, starting anew")
-
     loading.load_config("base", base)
     tokenizer = loading.load_tokenizer("base", base)
-    pairs, counts = encode_preferences(rows, tokenizer, max_length)
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
-    held_out = max(1, round(eval_fraction * len(pairs))) if eval_fraction else 0
-    if held_out >= len(pairs):
-        raise GenarmError(f"{data}: {len(pairs)} rows, of which {held_out} are held out, leave none to train on")
-    eval_pairs, train_pairs = [pairs[i] for i in order[:held_out]], [pairs[i] for i in order[held_out:]]
-    console.print(f"{len(train_pairs)} pairs to train on, {len(eval_pairs)} held out")
-    console.print(
-        "truncated to {}: {prompts_truncated} of {prompts} prompts, {responses_truncated} of {responses} "
-        "responses".format(max_length, **counts)
-    )
+    rows = read_preferences(data, objective=objective, strict=strict)
+    console.print(f"{data}: {rows.summary()}")
+    if dry_run:
+        pairs, counts = encode_preferences(rows, tokenizer, max_length, strict=strict)
+        _print_examples(pairs, counts, tokenizer)
+        return dict(counts)
+    settings |= {"base_identity": identity(base), "data_sha256": rows.sha256()}
+    out = Path(out)
+    with ExitStack() as held:
+        new = not _lock_folder(out, held)
+        checkpoint = _open_run(out, settings, resume)
+        if resume and (out / "metrics.json").exists():
+            console.print(f"{out}: the run is finished")
+            _remove_checkpoints(out)
+            return json.loads((out / "metrics.json").read_text())
+        if resume:
+            console.print(f"going on from {checkpoint}" if checkpoint else f"{out}: no checkpoint yet, starting anew")
 
-    set_seed(seed)  # the adapter's initialisation
-    dtype = torch.bfloat16 if bf16 and lora_r else torch.float32
-    model = loading.load_model("base", base, dtype)
-    _check_fits(model, pairs)
-    use_cache = model.config.use_cache  # the Trainer switches it off, and decoding would find it off
-    if lora_r:
-        from peft import LoraConfig, get_peft_model
-
-        lora = LoraConfig(
-            r=lora_r,
-            lora_alpha=settings["lora_alpha"],
-            lora_dropout=lora_dropout,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
+        pairs, counts = encode_preferences(rows, tokenizer, max_length, strict=strict)
+        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
+        held_out = max(1, round(eval_fraction * len(pairs))) if eval_fraction else 0
+        if held_out >= len(pairs):
+            raise GenarmError(f"{data}: {len(pairs)} rows, of which {held_out} are held out, leave none to train on")
+        eval_pairs, train_pairs = [pairs[i] for i in order[:held_out]], [pairs[i] for i in order[held_out:]]
+        console.print(f"{len(train_pairs)} pairs to train on, {len(eval_pairs)} held out")
+        console.print(
+            "truncated to {}: {prompts_truncated} of {prompts} prompts, {responses_truncated} of {responses} "
+            "responses".format(max_length, **counts)
         )
-        model = get_peft_model(model, lora)
+        if same := counts.get("dropped_equal_tokens"):
+            console.print(f"left out: {same} pairs whose responses are equal as tokens")
 
-    out.mkdir(parents=True, exist_ok=True)
-    _write_json(out / "run.json", settings)
-    steps = math.ceil(epochs * math.ceil(len(train_pairs) / batch_size))
-    arguments = TrainingArguments(
-        output_dir=str(out),
-        learning_rate=lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=min(100, steps // 10) if warmup_steps is None else warmup_steps,
-        num_train_epochs=epochs,
-        per_device_train_batch_size=batch_size // gradient_accumulation_steps,
-        per_device_eval_batch_size=batch_size // gradient_accumulation_steps,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        bf16=bf16,
-        use_cpu=not torch.accelerator.is_available(),  # else bf16 is refused there
-        seed=seed,
-        save_strategy="steps",
-        save_steps=math.ceil(steps / 10) if save_steps is None else save_steps,
-        save_total_limit=2,
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # it would replace a NaN by the mean of the losses before
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-    arguments._n_gpu = 1  # on more the Trainer would use DataParallel and multiply the batch size
-    trainer = ArmTrainer(
-        beta=beta, model=model, args=arguments, train_dataset=train_pairs, eval_dataset=eval_pairs or None
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Progress(console))
-    trainer.train(resume_from_checkpoint=checkpoint)
+        set_seed(seed)  # the adapter's initialisation
+        dtype = torch.bfloat16 if bf16 and lora_r else torch.float32
+        model = loading.load_model("base", base, dtype)
+        _check_fits(model, pairs)
+        use_cache = model.config.use_cache  # the Trainer switches it off, and decoding would find it off
+        if lora_r:
+            model = _with_lora(model, settings, console)
 
-    curve = [entry for entry in trainer.state.log_history if "loss" in entry]  # since step 1, resumed or not
-    metrics: dict[str, Any] = {"train_loss": sum(entry["loss"] for entry in curve) / len(curve), "steps": len(curve)}
-    metrics |= {"train_pairs": len(train_pairs), "eval_pairs": len(eval_pairs), **counts}
-    if eval_pairs:
-        metrics |= trainer.held_out_metrics()
-    model.config.use_cache = use_cache
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    (out / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in curve))
-    _write_json(out / "metrics.json", metrics)  # last: it marks the run as finished
-    _remove_checkpoints(out)
+        held.enter_context(_writing_to(out))
+        out.mkdir(parents=True, exist_ok=True)
+        if new and (not _lock_folder(out, held) or any(out.iterdir())):
+            raise GenarmError(f"{out}: another training has begun there meanwhile; choose another folder")
+        _write_json(out / "run.json", settings)
+        steps = math.ceil(epochs * math.ceil(len(train_pairs) / batch_size))
+        arguments = TrainingArguments(
+            output_dir=str(out),
+            learning_rate=lr,
+            lr_scheduler_type="cosine",
+            warmup_steps=min(100, steps // 10) if warmup_steps is None else warmup_steps,
+            num_train_epochs=epochs,
+            per_device_train_batch_size=batch_size // gradient_accumulation_steps,
+            per_device_eval_batch_size=batch_size // gradient_accumulation_steps,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            bf16=bf16,
+            use_cpu=not torch.accelerator.is_available(),  # else bf16 is refused there
+            seed=seed,
+            save_strategy="steps",
+            save_steps=math.ceil(steps / 10) if save_steps is None else save_steps,
+            save_total_limit=2,
+            logging_steps=1,
+            logging_nan_inf_filter=False,  # it would replace a NaN by the mean of the losses before
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+        arguments._n_gpu = 1  # on more the Trainer would use DataParallel and multiply the batch size
+        trainer = ArmTrainer(
+            beta=beta, model=model, args=arguments, train_dataset=train_pairs, eval_dataset=eval_pairs or None
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(_Progress(console))
+        trainer.train(resume_from_checkpoint=checkpoint)
+
+        curve = [entry for entry in trainer.state.log_history if "loss" in entry]  # since step 1, resumed or not
+        metrics: dict[str, Any] = {"train_loss": sum(one["loss"] for one in curve) / len(curve), "steps": len(curve)}
+        metrics |= {"train_pairs": len(train_pairs), "eval_pairs": len(eval_pairs), **counts}
+        if eval_pairs:
+            metrics |= trainer.held_out_metrics()
+        model.config.use_cache = use_cache
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        (out / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in curve))
+        _write_json(out / "metrics.json", metrics)  # last: it marks the run as finished
+        _remove_checkpoints(out)
     table = Table("metric", "value", title=f"ARM in {out}")
     for name, value in metrics.items():
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
     console.print(table)
     return metrics
+
+
+def _with_lora(model: Any, settings: Mapping[str, Any], console: Console) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    layers = _adaptable(model)
+    if not layers:
+        raise GenarmError("base: it has no linear layers that take a LoRA; train all its weights with --lora-r 0")
+    share = sum(model.get_submodule(name).weight.numel() for name in layers) / model.num_parameters()
+    rank = settings["lora_r"]
+    console.print(f"LoRA of rank {rank} on {len(layers)} linear layers, which hold {share:.0%} of the weights")
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=settings["lora_alpha"],
+        lora_dropout=settings["lora_dropout"],
+        target_modules=layers,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, lora)
+
+
+# By these names PEFT means the experts of a mixture, which transformers holds as parameters: their LoRA takes no
+# dropout, and it would put one on them for a layer beside them that has such a name.
+_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+
+
+def _adaptable(model: Any) -> list[str]:
+    """The linear layers but for the head; PEFT's "all-linear" takes more, and fails on them."""
+    mixture = any("experts" in name and parameter.dim() == 3 for name, parameter in model.named_parameters())
+    left_out = {model.get_output_embeddings()}
+    for mixer in model.modules():
+        if hasattr(mixer, "A_log"):  # Mamba's: its kernels read this weight past any adapter, so PEFT refuses it
+            left_out.add(getattr(mixer, "out_proj", None))
+    # A subclass is a linear layer if it calls itself one; a router returns more than a product.
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+        and (isinstance(module, Conv1D) or "Linear" in type(module).__name__)
+        and module not in left_out
+        and not (mixture and name.rpartition(".")[2] in _EXPERTS)
+    ]
+
+
+def _print_examples(pairs: list[dict[str, list[int]]], counts: Mapping[str, int], tokenizer: Any) -> None:
+    """The first three pairs, with the tokens that carry loss in brackets, and on a terminal in colour."""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(", ".join(f"{name} {count}" for name, count in counts.items()))
+    console.print("[in brackets]: the tokens that carry loss", style="bold")
+    for i, pair in enumerate(pairs[:3], start=1):
+        console.print(f"--- example {i} of {len(pairs)}", style="bold")
+        console.print("prompt:   " + _quoted(tokenizer.decode(pair["prompt"], clean_up_tokenization_spaces=False)))
+        for key in ("chosen", "rejected"):
+            line = Text(f"{key + ':':<10}")
+            for piece in _pieces(pair["prompt"], pair[key], tokenizer):
+                line.append(f"[{_quoted(piece)}]", "green" if key == "chosen" else "red")
+            console.print(line)
+
+
+def _quoted(text: str) -> str:
+    """With line breaks and the like spelt out, as in JSON."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def _pieces(prompt: list[int], response: list[int], tokenizer: Any) -> Iterator[str]:
+    """The text of each token of the response; of several together where a character is spread over them."""
+    ids, shown = prompt + response, len(prompt)
+    for end in range(shown + 1, len(ids) + 1):
+        # A few tokens before, since a tokenizer may treat the first of a text specially.
+        start = max(0, shown - 4)
+        before, now = (tokenizer.decode(ids[start:i], clean_up_tokenization_spaces=False) for i in (shown, end))
+        if not now.endswith("\ufffd") or end == len(ids):
+            yield now[len(before) :]
+            shown = end
 
 
 def _check_settings(settings: dict[str, Any], save_steps: int | None) -> None:
@@ -340,6 +449,22 @@ def _check_settings(settings: dict[str, Any], save_steps: int | None) -> None:
         raise GenarmError("training runs in one process on one device; start it without torchrun")
 
 
+def _lock_folder(out: Path, held: ExitStack) -> bool:
+    """Whether the folder is there. It is then locked, until `held` is closed or the process ends."""
+    if not out.is_dir():
+        return False
+    try:
+        descriptor = os.open(out, os.O_RDONLY)
+    except OSError:
+        return True  # on Windows; or it cannot be read, as is said where it is read
+    held.callback(os.close, descriptor)
+    try:
+        lock(descriptor)
+    except BlockingIOError as error:
+        raise GenarmError(f"{out}: another training runs in this folder; choose another --out") from error
+    return True
+
+
 def _open_run(out: Path, settings: dict[str, Any], resume: bool) -> str | None:
     """Check the folder of a run, or where it is to be made; the last complete checkpoint in it, if any."""
     try:
@@ -356,7 +481,9 @@ def _open_run(out: Path, settings: dict[str, Any], resume: bool) -> str | None:
         raise GenarmError(f"{out}: holds a training run; go on with it by --resume, or choose another folder")
     before = json.loads((out / "run.json").read_text())
     if other := [
-        f"{name} was {before.get(name)}, is {new}" for name, new in settings.items() if before.get(name) != new
+        f"{name} was {before.get(name)}, is {new}"
+        for name, new in settings.items()
+        if name != "base" and before.get(name) != new  # the base may have moved; what it is, is its identity
     ]:
         raise GenarmError(f"{out}: holds a run with other settings: {'; '.join(other)}")
     steps = sorted((int(path.name.split("-")[1]) for path in out.glob("checkpoint-[0-9]*")), reverse=True)
@@ -380,8 +507,11 @@ def _remove_checkpoints(out: Path) -> None:
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     """Atomically, since both files are also marks of how far a run came."""
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    part.replace(path)
+    try:
+        part.write_text(json.dumps(value, indent=2) + "\n")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _check_fits(model: Any, pairs: list[dict[str, list[int]]]) -> None:
