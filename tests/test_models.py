@@ -101,10 +101,9 @@ def test_the_path_is_the_fastest_that_is_right_and_is_told(tokenizer, kind, path
     else:
         assert caplog.text.count("plain loop") == 1
         assert how in caplog.text and transformers_api.versions() in caplog.text and base.why in caplog.text
-        with pytest.raises(
-            GenarmError, match="not the fast path.*the base: its forward takes no|it has layers of kind"
-        ):
+        with pytest.raises(GenarmError, match="not the fast path") as raised:
             decoder.require_fast_path()
+        assert base.why in str(raised.value)
 
 
 def test_paths_tell_what_is_shared(tokenizer):

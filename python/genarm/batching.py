@@ -150,12 +150,10 @@ class Run:
 
     def _outgrown(self) -> list[int]:
         """The slots whose rows' caches will not do for the next token."""
-        return [
-            slot
-            for slot, row in enumerate(self._slots)
-            if row is not None and row.queued < row.limit
-            and self._engine.outgrown([len(prompt) + row.queued for prompt in row.prompts])
-        ]  # fmt: skip
+        if self._engine.grows_freely:
+            return []
+        growing = [(slot, row) for slot, row in enumerate(self._slots) if row is not None and row.queued < row.limit]
+        return [slot for slot, row in growing if self._engine.outgrown([len(one) + row.queued for one in row.prompts])]
 
     def _begin(self) -> None:
         slots = [slot for slot in range(self._usable) if self._slots[slot] is None]

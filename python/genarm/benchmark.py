@@ -26,7 +26,7 @@ from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from . import loading, naive
+from . import adapters, loading, naive
 from .decoder import GuidedDecoder
 from .errors import GenarmError
 from .provision import ModelPath
@@ -320,7 +320,7 @@ def _load_arm(name: str, source: str, base: loading.LoadedModel, device: str, dt
         return _random(SHAPES[source] | {"vocab_size": base.model.config.vocab_size}, device, dtype, seed)
     kind, _, rank = source.partition(":")
     if kind != "lora":
-        return loading.load_arm(name, source, base, None, device, dtype).model
+        return adapters.load_arm(name, source, base, None, device, dtype).model
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:

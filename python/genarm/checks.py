@@ -126,7 +126,8 @@ class _Uncached:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._keeps_lengths = transformers_api.rope(model).grows_from < math.inf
+        self._last_only = transformers_api.last_logits_only(model)
+        self._keeps_lengths = not transformers_api.rope(model).constant
         rows = [_tokens(model, _SHORTEST + 3, seed=i) for i in range(3)]
         alone = self._logits([rows[0][:_SHORTEST]])[0, -1]
         longer = self._logits([rows[0]])[0, _SHORTEST - 1]
@@ -140,13 +141,13 @@ class _Uncached:
 
     def distance(self, logits: Tensor, ids: Sequence[int]) -> float:
         """Of logits from those after a row; infinite where they are NaN."""
-        distance = _distance(logits, self._logits([ids])[0, -1])
+        distance = _distance(logits, self._logits([ids], **self._last_only)[0, -1])
         return math.inf if math.isnan(distance) else distance
 
-    def _logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
+    def _logits(self, rows: Sequence[Sequence[int]], **options: int) -> Tensor:
         if self._keeps_lengths:  # of longer rows that it was given before; a short one makes it forget them
             self._model(input_ids=_tensor(self._model, [rows[0][:1]]), use_cache=False)
-        logits: Tensor = self._model(input_ids=_tensor(self._model, rows), use_cache=False).logits
+        logits: Tensor = self._model(input_ids=_tensor(self._model, rows), use_cache=False, **options).logits
         return logits
 
 

@@ -15,7 +15,7 @@ import torch
 
 from genarm_kernels import backends, validation
 
-from . import loading, transformers_api
+from . import adapters, loading, transformers_api
 from .batching import Row, Run
 from .errors import GenarmError, PromptError
 from .prompts import check_arm
@@ -111,6 +111,7 @@ class GuidedDecoder:
         tokenizers = dict(arm_tokenizers or {})
         for name in tokenizers:
             check_arm(name, arms or {}, "arm_tokenizers")
+        adapters.check_models(base, arms or {})
         self._base = loading.LoadedModel(base.eval(), tokenizer)
         self._arms = {
             name: loading.LoadedModel(arm.eval(), tokenizers.get(name) or tokenizer)
@@ -161,7 +162,7 @@ class GuidedDecoder:
         tokenizers = arm_tokenizers or {}
         loaded_base = loading.load_base(base, tokenizer, device, dtype)
         loaded = {
-            name: loading.load_arm(name, arm, loaded_base, tokenizers.get(name), device, dtype)
+            name: adapters.load_arm(name, arm, loaded_base, tokenizers.get(name), device, dtype)
             for name, arm in (arms or {}).items()
         }
         return cls(

@@ -90,6 +90,7 @@ class Engine:
         self.window = window
         self.refill = refill
         self._forwards = list(forwards)
+        self.grows_freely = all(forward.grows_freely for forward in forwards)
         self._operands = list(operands)
         self._arms = len(operands) - 1
         self._vocab_size = vocab_size

@@ -6,7 +6,6 @@ other model: a batch that begins and ends together, in the caches that the model
 gets, `checks.py` decides.
 """
 
-import math
 import os
 import sys
 import time
@@ -34,6 +33,8 @@ class Forward(Protocol):
 
     operands: int
     device: torch.device
+    grows_freely: bool
+    """No row outgrows its cache."""
 
     def prefill(self, slots: Sequence[int], prompts: Prompts) -> Tensor:
         """Puts prompts into slots; logits `[n, operands, V]` of the token after each."""
@@ -149,6 +150,7 @@ class StaticForward:
     ) -> None:
         self.operands = operands
         self.device = models.device
+        self.grows_freely = models.rope.constant
         self._models = models
         self._length = length
         self._cache = _SlotCache(shapes, slots * operands, length)
@@ -277,9 +279,10 @@ class PlainForward:
         self.device = torch.device(model.device)
         self._rope = transformers_api.rope(model)
         self._model = model
-        if self._rope.switches or self._rope.grows_from < math.inf:
+        if not self._rope.constant:
             self._model = loading.twin(model)
             transformers_api.embed_positions_by_row(self._model)
+        self.grows_freely = self._rope.constant and kind is not PlainKind.UNCACHED
         self._kind = kind
         self._takes_positions = "position_ids" in transformers_api.parameters(model)
         self._options = transformers_api.last_logits_only(model)
@@ -366,7 +369,8 @@ def _attend(
     """Attention of one token a row, `query` `[B, heads, 1, width]`, without a copy of the cache for each query head of
     a group: the group's queries go where a prompt's tokens would.
     """
-    if more := {name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None}:
+    # A softcap is passed over as PyTorch's own attention passes it over; where the model's does not, the logits differ.
+    if more := {name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None}:
         raise UnsuitedError(f"its attention has {', '.join(sorted(more))}")
     grouped = query.unflatten(1, (key.shape[1], -1)).squeeze(3)
     out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)

@@ -1,14 +1,14 @@
 """Models and tokenizers from folders or the hub, and the check that they share a vocabulary."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from genarm_kernels.validation import OPERAND_DTYPES
@@ -37,21 +37,6 @@ def load_base(source: Source, tokenizer: Any, device: str, dtype: str | torch.dt
     return LoadedModel(load_model("base", source, dtype).to(device), tokenizer or load_tokenizer("base", source))
 
 
-def load_arm(
-    name: str, source: Source, base: LoadedModel, tokenizer: Any, device: str, dtype: str | torch.dtype
-) -> LoadedModel:
-    """An ARM from a folder, a hub name or a loaded model, or a PEFT adapter of the base from a folder or the hub."""
-    label = f"ARM {name!r}"
-    if isinstance(source, torch.nn.Module):
-        return LoadedModel(source, tokenizer or base.tokenizer)
-    _check_exists(label, source)
-    if (adapter := find_adapter_config_file(str(source))) is not None:
-        own = (Path(adapter).parent / "tokenizer_config.json").is_file()
-        tokenizer = tokenizer or (load_tokenizer(label, source) if own else base.tokenizer)
-        return LoadedModel(_load_adapter(label, source, base.model), tokenizer)
-    return LoadedModel(load_model(label, source, dtype).to(device), tokenizer or load_tokenizer(label, source))
-
-
 def load_model(label: str, source: str | Path, dtype: str | torch.dtype) -> Any:
     """A causal language model on the CPU, all its weights from the source; GenarmError otherwise."""
     config = load_config(label, source)
@@ -59,7 +44,11 @@ def load_model(label: str, source: str | Path, dtype: str | torch.dtype) -> Any:
     logging.disable_progress_bar()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            str(source), config=config, dtype=dtype, output_loading_info=True
+            str(source),
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            adapter_kwargs={"subfolder": "no adapter"},  # else the leftover of one is looked for
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise GenarmError(f"{label}: {str(source)!r} cannot be loaded: {first_line(error)}") from error
@@ -84,13 +73,19 @@ def load_tokenizer(label: str, source: str | Path) -> Any:
 
 def load_config(label: str, source: str | Path) -> Any:
     """The configuration of a causal language model; GenarmError when the source is missing or holds something else."""
-    _check_exists(label, source)
+    check_exists(label, source)
+    if find_adapter_config_file(str(source)) is not None and not is_leftover(source):
+        raise GenarmError(
+            f"{label}: {str(source)!r} is a LoRA adapter; give it as --arm NAME=DIR, and its base as --base (if it is "
+            "merged into a model that lies there too, remove adapter_config.json and the adapter's weights)"
+        )
     try:
         config = AutoConfig.from_pretrained(str(source))
     except (OSError, ValueError, KeyError) as error:
-        if find_adapter_config_file(str(source)) is not None:
+        if found := ", ".join(map(repr, named_adapters(source))):
             raise GenarmError(
-                f"{label}: {str(source)!r} is a LoRA adapter; give it as --arm NAME=DIR, and its base as --base"
+                f"{label}: {str(source)!r} holds no model but adapters in subfolders, {found}: give one as "
+                "--arm NAME=DIR#SUBFOLDER, and its base as --base"
             ) from error
         reason = f"no usable config.json: {first_line(error)}"
         raise GenarmError(f"{label}: {str(source)!r} holds no causal language model: {reason}") from error
@@ -125,11 +120,25 @@ def embeddings(model: Any) -> int:
     return int(getattr(table, "num_embeddings", None) or table.weight.shape[0])
 
 
-def twin(model: Any) -> Any:
-    """A copy whose modules can be replaced, and which shares every weight: it takes no memory."""
-    shared = [*model.parameters(), *model.buffers()]
-    shared += [module.state for module in model.modules() if hasattr(module, "state")]  # bitsandbytes' 8-bit weights
+def twin(model: Any, own: Iterable[torch.Tensor] = ()) -> Any:
+    """A copy whose modules can be replaced, and which shares every weight but those in `own`: it takes no memory."""
+    copied = {id(one) for one in own}
+    shared = [one for one in (*model.parameters(), *model.buffers()) if id(one) not in copied]
+    # bitsandbytes keeps its 8-bit weights a second time.
+    shared += [one.state for one in model.modules() if hasattr(one, "state") and id(one.weight) not in copied]
     return copy.deepcopy(model, {id(one): one for one in shared})
+
+
+def named_adapters(source: str | Path) -> list[str]:
+    """A folder's subfolders that hold an adapter each, as PEFT saves adapters that have names."""
+    return sorted(file.parent.name for file in Path(source).glob("*/adapter_config.json"))
+
+
+def is_leftover(source: str | Path) -> bool:
+    """Whether the adapter_config.json in a folder is of no use: there are a whole model's weights, no adapter's."""
+    folder = Path(source)
+    model = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    return bool(model) and not any(folder.glob("adapter_model*"))
 
 
 def resolve_device(device: str) -> str:
@@ -155,29 +164,7 @@ def resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return found
 
 
-def _load_adapter(label: str, source: str | Path, base: PreTrainedModel) -> Any:
-    try:
-        from peft import PeftConfig, get_peft_model
-    except ImportError as error:
-        raise GenarmError(f"{label}: an adapter needs PEFT: {INSTALL_TRAIN}") from error
-    try:
-        config = PeftConfig.from_pretrained(str(source))
-        config.inference_mode = True
-        model = get_peft_model(twin(base), config)
-        loaded = model.load_adapter(str(source), "default")
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise GenarmError(f"{label}: the adapter {str(source)!r} does not fit the base: {first_line(error)}") from error
-    if config.is_prompt_learning:  # PEFT would put its virtual tokens before every single token that is decoded
-        raise GenarmError(f"{label}: {str(source)!r} is a {config.peft_type.value} adapter; LoRA and its kind work")
-    if wrong := [*loaded.missing_keys, *loaded.unexpected_keys]:
-        raise GenarmError(
-            f"{label}: the adapter {str(source)!r} does not fit the base: "
-            f"{len(wrong)} weights without a counterpart, such as {wrong[0]}"
-        )
-    return model
-
-
-def _check_exists(label: str, source: str | Path) -> None:
+def check_exists(label: str, source: str | Path) -> None:
     """GenarmError unless the source is a folder, or a model of the hub or of its cache.
 
     The hub is asked once: transformers would ask six times, over 23 seconds, before it says that it cannot be reached.

@@ -111,12 +111,12 @@ class Provider:
         window = _WINDOW.get(self._device.type, _WINDOW_ELSEWHERE)
         length = -(-length // window) * window
         slots = max(1, min(prompts, batch_size or _MOST_AT_ONCE.get(self._device.type, _MOST_ELSEWHERE)))
+        if not all(one.plain is None or one.plain.batched for one in passes):
+            slots = 1
         if kept is not None and kept.length >= length and (kept.slots >= slots or self._kept_is_full):
             return kept, min(slots, kept.slots)
         del kept  # its memory is free for the new one
         refill = self._fast
-        if not all(one.plain is None or one.plain.batched for one in passes):
-            slots = 1
         wanted = slots
         if refill:
             slots = min(slots, self._slots_that_fit(passes, length))

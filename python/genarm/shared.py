@@ -30,30 +30,36 @@ class LowRank(NamedTuple):
 
 
 def low_rank_parts(base: Any, arm: Any) -> dict[str, LowRank] | None:
-    """By the name of a layer of `base`, what the ARM adds to it; None unless the ARM is a plain LoRA adapter over the
-    very weights of `base`.
+    """By the name of a layer of `base`, what the ARM adds to it; None unless the ARM is a plain LoRA adapter, and all
+    its other weights are the very weights of `base`, in the same places.
     """
     try:
         from peft import PeftModel
-        from peft.tuners.lora import LoraLayer
+        from peft.tuners.lora import LoraLayer, ParamWrapper
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils import ModulesToSaveWrapper
     except ImportError:
         return None
     if not isinstance(arm, PeftModel):
         return None
-    weights = {id(parameter) for parameter in base.parameters()}
+    model = arm.get_base_model()
     parts: dict[str, LowRank] = {}
     own: set[int] = set()
-    for name, layer in arm.get_base_model().named_modules():
+    for name, layer in model.named_modules():
         if isinstance(layer, ModulesToSaveWrapper):
             return None
         if isinstance(layer, BaseTunerLayer):
-            if not isinstance(layer, LoraLayer) or (part := _plain(layer)) is None:
+            # A ParamWrapper adds to a parameter, which its module may use in any way, such as for each expert apart.
+            if not isinstance(layer, LoraLayer) or isinstance(layer, ParamWrapper) or (part := _plain(layer)) is None:
                 return None
             parts[name] = part
             own |= {id(x) for group in (layer.lora_A, layer.lora_B) for x in group.parameters()}
-    others = {id(parameter) for parameter in arm.get_base_model().parameters()} - own
+    others = {
+        name.replace(".base_layer.", "."): id(parameter)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) not in own
+    }
+    weights = {name: id(parameter) for name, parameter in base.named_parameters(remove_duplicate=False)}
     return parts if others == weights else None
 
 

@@ -97,8 +97,8 @@ def thresholds(model: Any) -> list[int]:
             elif isinstance(value, int) and value > 1 and any(part in name for part in _THRESHOLDS):
                 yield value
 
-    grows_from = rope(model).grows_from
-    return sorted({*numbers(text_config(model).to_dict()), *([int(grows_from)] if grows_from < math.inf else [])})
+    found = {*numbers(text_config(model).to_dict()), rope(model).grows_from} - {math.inf}
+    return sorted(int(length) for length in found)
 
 
 class Rope(NamedTuple):
@@ -110,6 +110,10 @@ class Rope(NamedTuple):
     """Beyond each of these once (longrope)."""
     grows_from: float
     """Beyond this with every token (dynamic NTK)."""
+
+    @property
+    def constant(self) -> bool:
+        return not self.switches and self.grows_from == math.inf
 
     def outgrown(self, length: int) -> bool:
         """Whether a row that becomes `length` tokens long is to be prefilled again."""

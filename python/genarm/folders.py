@@ -1,0 +1,38 @@
+"""Folders of models: the files that a Git checkout may hold in name only."""
+
+from pathlib import Path
+
+from .errors import GenarmError
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+# What a folder is loaded from, and what, where it is there, is read in its place.
+_FILES = {
+    "*.json": None,
+    "model*.safetensors": None,
+    "adapter_model.safetensors": None,
+    "pytorch_model*.bin": "model*.safetensors",
+    "adapter_model.bin": "adapter_model.safetensors",
+    "*.model": "tokenizer.json",
+    "*.txt": "tokenizer.json",
+}
+
+
+def lfs_pointer(path: str | Path) -> bool:
+    """Whether the file holds a Git LFS pointer, a few lines that stand for a large file until it is downloaded."""
+    with Path(path).open("rb") as file:
+        return file.read(len(_POINTER)) == _POINTER
+
+
+def check_folder(label: str, folder: str | Path) -> None:
+    """GenarmError when a file that a model, adapter or tokenizer would be loaded from is a Git LFS pointer.
+
+    `label` is what errors call the model: "base", "ARM 'a'". What is no folder, such as a hub name, passes.
+    """
+    folder = Path(folder)
+    for pattern, preferred in _FILES.items():
+        if preferred is None or not any(folder.glob(preferred)):
+            for file in sorted(folder.glob(pattern)):
+                if file.is_file() and lfs_pointer(file):
+                    raise GenarmError(
+                        f"{label}: {str(file)!r} is a Git LFS pointer, not the file itself: run `git lfs pull` there"
+                    )
