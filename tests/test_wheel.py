@@ -30,7 +30,7 @@ def run(*command, **environment):
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--outdir", str(folder), str(REPOSITORY), GENARM_CPU="1")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(REPOSITORY), GENARM_CPU="1")
     return folder
 
 
@@ -39,7 +39,7 @@ def install(folder, distribution, **environment):
     venv.create(folder, with_pip=True)
     site = next(folder.glob("lib/python*/site-packages"))
     (site / "torch.pth").write_text(sysconfig.get_path("purelib"))
-    run(str(folder / "bin/python"), "-m", "pip", "install", "--quiet", "--no-deps", str(distribution), **environment)
+    run(str(folder / "bin/python"), "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", str(distribution), **environment)
     return folder / "bin"
 
 
