@@ -33,7 +33,7 @@ def in_bytes(*specials, **named):
 
 def byte_fallback(*specials):
     """As Llama 2 has it: words with the space before them, letters, and bytes for all else."""
-    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁hello", "▁world", *map(chr, range(33, 127))]
+    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁hello", "▁world", "\ufffd", *map(chr, range(33, 127))]
     core = Tokenizer(models.Unigram([(name, -1.0 - len(name) % 3) for name in names], 0, byte_fallback=True))
     core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -113,7 +113,7 @@ def byte_ids(*values):
     return [1 + value for value in values]
 
 
-HELLO, WORLD, A = 258, 259, 354
+HELLO, WORLD, A = 258, 259, 355
 SMILE = tuple("😀".encode())
 
 
@@ -190,6 +190,7 @@ END = "<|end|>"
         (END, f"Sure.{END}more", "Sure."),
         (f"{END}\n", f"Sure.{END}more{END}\nmore", "Sure.more"),
         (f"\n{END}", f"a\nb{END}c\n{END}d", "a\nbc"),
+        (f"{END}ab", f"x{END}ac{END}ab", "xac"),
         (f"{END}<|a|>", f"a{END}b<|a|>{END}c{END}<|a|>d", "abc"),
         ("end", f"a{END}bend", "ab"),  # not within a name
         ("<|en", f"a{END}b<|en", "ab"),
@@ -213,6 +214,12 @@ def test_stop_strings_that_do_not_come():
     nested = in_bytes("<x>", "<<x>>")
     ids = [encode(nested, "a")[0], *nested.convert_tokens_to_ids(["<x>", "<<x>>"])]
     assert streamed(nested, [], [*ids[:2], ids[0], ids[2], ids[0]], ["<<x>>"])[1].text == "aa"
+
+
+def test_a_stop_string_loses_nothing_before_it():
+    tokenizer = in_bytes(END)
+    ids = [encode(tokenizer, "é")[0], *encode(tokenizer, END)]
+    assert streamed(tokenizer, [], ids, [END])[1].text == "\ufffd"
 
 
 def test_a_special_token_stops_a_row():
