@@ -94,6 +94,7 @@ CASES = {
     "more tokens": (lambda: lora(), lambda: resized(270), {"save_embedding_layers": True}, TABLES),
     "fewer tokens": (lambda: lora(), lambda: resized(250), {"save_embedding_layers": True}, TABLES),
     "more tokens, trained": (lambda: lora(modules_to_save=["embed_tokens"]), lambda: resized(270), {}, TABLES),
+    "more tokens, a head": (lambda: lora(modules_to_save=["lm_head"]), lambda: resized(270), {}, TABLES),
     "modules_to_save": (lambda: lora(modules_to_save=["lm_head", "norm"]), None, {}, None),
     "token indices": (lambda: lora(trainable_token_indices=[5, 9]), None, {}, None),
     "embeddings": (lambda: lora(target_modules=["embed_tokens", "lm_head"]), None, {}, None),
@@ -232,13 +233,13 @@ def test_adapters_with_names(named):
     for name, one in expected.items():
         for source in (f"{folder}#{name}", Path(f"{folder}#{name}"), folder / name):
             torch.testing.assert_close(logits(load(source)), one)
-    with pytest.raises(GenarmError, match="adapters in subfolders, 'helpful', 'polite': give one as .*#SUBFOLDER"):
+    with pytest.raises(GenarmError, match=r"adapters in subfolders, 'helpful', 'polite': give one as .*#SUBFOLDER"):
         load(folder)
     with pytest.raises(GenarmError, match="holds no adapter 'rude'; it holds 'helpful', 'polite'"):
         load(f"{folder}#rude")
     with pytest.raises(GenarmError, match=r"base: .*adapters in subfolders, 'helpful', 'polite'"):
         GuidedDecoder.from_pretrained(folder)
-    with pytest.raises(GenarmError, match="no such folder: '.*nowhere'"):
+    with pytest.raises(GenarmError, match=r"no such folder: '.*nowhere'"):
         load(f"{folder}/nowhere#polite")
 
 
@@ -258,7 +259,7 @@ def as_bin(folder):
 
 BROKEN = {
     "no kind": (lambda d: edit_config(d, peft_type=None), 'lacks "peft_type"; a LoRA\'s is "LORA"'),
-    "kind of tomorrow": (lambda d: edit_config(d, peft_type="LORA9"), "is a LORA9 adapter, which PEFT .* does not know"),
+    "kind of tomorrow": (lambda d: edit_config(d, peft_type="LORA9"), "is a LORA9 adapter, which PEFT .* not know"),
     "kind no text": (lambda d: edit_config(d, peft_type=["LORA"]), "adapter, which PEFT .* does not know"),
     "task of tomorrow": (lambda d: edit_config(d, task_type="GUESS"), "no usable adapter_config.json: Invalid task"),
     "other task": (lambda d: edit_config(d, task_type="TOKEN_CLS"), "is one of a TOKEN_CLS model; an ARM is CAUSAL_LM"),
@@ -362,7 +363,7 @@ def test_a_base_in_which_peft_has_put_an_adapter(tmp_path):
     injected.add_adapter(lora(init_lora_weights=False))
     for base in (wrapped, inside, injected):
         before = logits(base.eval())
-        with pytest.raises(GenarmError, match="'a': the adapter .* needs a base without adapters.*merge_and_unload"):
+        with pytest.raises(GenarmError, match=r"'a': the adapter .* needs a base without adapters.*merge_and_unload"):
             GuidedDecoder.from_pretrained(base, {"a": tmp_path}, tokenizer=tokenizer)
         assert torch.equal(logits(base), before)
     result = GuidedDecoder(wrapped, tokenizer, {"b": make_model(seed=1)}).generate(

@@ -239,10 +239,12 @@ def _give_back(model: Any, copies: dict[int, tuple[Tensor, Tensor]]) -> list[tup
     for module in model.modules():
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
-                mine, theirs = copies.get(id(tensor), (None, None))
-                if mine is not None and mine.shape == theirs.shape and torch.equal(mine, theirs):
+                if id(tensor) not in copies:
+                    continue
+                mine, theirs = copies[id(tensor)]
+                if mine.shape == theirs.shape and torch.equal(mine, theirs):
                     table[name] = theirs
-                elif mine is not None:
+                else:
                     written.append((mine, theirs))
     return written
 

@@ -147,7 +147,9 @@ class GuidedDecoder:
 
         Args:
             base: folder or hub name of a transformers causal language model, or a loaded model (then with `tokenizer`).
-            arms: by name: likewise, or the folder or hub name of a PEFT adapter of the base, which shares its weights.
+            arms: by name: likewise, or the folder or hub name of a PEFT adapter of the base, which shares its weights
+                but for those that the adapter replaces or rewrites (DIR#NAME is the one in the subfolder NAME). The
+                base stays as it is; one in which PEFT has put an adapter is decoded as it behaves, and takes none.
             tokenizer, arm_tokenizers: in place of those that lie beside the models.
             device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ... Loaded models stay where they are.
             dtype: "auto" (as stored), a torch dtype or its name.
