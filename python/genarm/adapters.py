@@ -57,18 +57,17 @@ def load_arm(
     root, mark, subfolder = str(source).rpartition("#")
     place = _Place(root, subfolder) if mark and not Path(source).exists() else _Place(str(source), "")
     loading.check_exists(label, type(source)(place.root))
-    file = find_adapter_config_file(place.root, subfolder=place.subfolder)
+    file = loading.adapter_config(place.root, place.subfolder)
     if file is None and place.subfolder:
         found = ", ".join(map(repr, loading.named_adapters(place.root)))
         raise GenarmError(f"{label}: {place.root!r} holds no adapter {subfolder!r}; it holds {found or 'none'}")
-    if file is None or (not place.subfolder and loading.is_leftover(place.root)):
+    if file is None:
         model = loading.load_model(label, place.root, dtype).to(device)
         return loading.LoadedModel(model, tokenizer or loading.arm_tokenizer(label, place.root, base))
-    folder = Path(file).parent
-    check_folder(label, folder)
-    if tokenizer is None and (folder / "tokenizer_config.json").is_file():
-        tokenizer = loading.load_tokenizer(label, folder)
-    return loading.LoadedModel(_load_adapter(label, place, folder, base.model), tokenizer or base.tokenizer)
+    check_folder(label, file.parent)
+    if tokenizer is None and (file.parent / "tokenizer_config.json").is_file():
+        tokenizer = loading.load_tokenizer(label, file.parent)
+    return loading.LoadedModel(_load_adapter(label, place, file.parent, base.model), tokenizer or base.tokenizer)
 
 
 def check_models(base: Any, arms: Mapping[str, Any]) -> None:
@@ -122,6 +121,11 @@ def _load_adapter(label: str, place: _Place, folder: Path, base: Any) -> Any:
         )
         if wrong := [*loaded.missing_keys, *loaded.unexpected_keys]:
             raise ValueError(f"{len(wrong)} weights without a counterpart, such as {wrong[0]}")
+        if _lacks_biases(config, weights, model):
+            raise GenarmError(
+                f"{where} was trained with bias='lora_only', and its weights lack the biases, which PEFT 0.20 did not "
+                "save: save it again by a newer PEFT"
+            )
         return model, _give_back(model, copies)
 
     try:
@@ -191,7 +195,10 @@ def _read_weights(where: str, place: _Place, folder: Path, device: torch.device)
     from peft import load_peft_weights
 
     if Path(place.root).is_dir() and not any((folder / name).is_file() for name in _WEIGHTS):
-        raise GenarmError(f"{where} has no weights: neither {' nor '.join(_WEIGHTS)} lies beside its configuration")
+        raise GenarmError(
+            f"{where} has no weights: neither {' nor '.join(_WEIGHTS)} lies there (if it is merged into a model that "
+            "does, remove adapter_config.json)"
+        )
     try:
         weights = load_peft_weights(place.root, device=str(device), subfolder=place.subfolder or None)
     except (OSError, ValueError, RuntimeError, EOFError, LookupError, pickle.PickleError, SafetensorError) as error:
@@ -229,6 +236,16 @@ def _other_vocabulary(weights: dict[str, Tensor], base: Any) -> int | None:
     return None
 
 
+def _lacks_biases(config: Any, weights: dict[str, Tensor], model: Any) -> bool:
+    """Whether biases of the adapted layers were trained and not saved, as PEFT 0.20 does by bias="lora_only"."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module.get_base_layer() for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    trained = any(getattr(layer, "bias", None) is not None for layer in layers)
+    saved = any(key.endswith(".bias") and ".lora_" not in key for key in weights)
+    return getattr(config, "bias", "none") == "lora_only" and trained and not saved
+
+
 def _tensors(model: Any) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
 
@@ -239,10 +256,12 @@ def _give_back(model: Any, copies: dict[int, tuple[Tensor, Tensor]]) -> list[tup
     for module in model.modules():
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
-                mine, theirs = copies.get(id(tensor), (None, None))
-                if mine is not None and mine.shape == theirs.shape and torch.equal(mine, theirs):
+                if id(tensor) not in copies:
+                    continue
+                mine, theirs = copies[id(tensor)]
+                if mine.shape == theirs.shape and torch.equal(mine, theirs):
                     table[name] = theirs
-                elif mine is not None:
+                else:
                     written.append((mine, theirs))
     return written
 

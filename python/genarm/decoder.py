@@ -151,7 +151,9 @@ class GuidedDecoder:
 
         Args:
             base: folder or hub name of a transformers causal language model, or a loaded model (then with `tokenizer`).
-            arms: by name: likewise, or the folder or hub name of a PEFT adapter of the base, which shares its weights.
+            arms: by name: likewise, or the folder or hub name of a PEFT adapter of the base, which shares its weights
+                but for those that the adapter replaces or rewrites (DIR#NAME is the one in the subfolder NAME). The
+                base stays as it is; one in which PEFT has put an adapter is decoded as it behaves, and takes none.
             tokenizer, arm_tokenizers: in place of those that lie beside the models; loaded, or a folder or hub name. An
                 ARM without a tokenizer has the base's.
             device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ... Loaded models stay where they are.

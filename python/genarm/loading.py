@@ -53,11 +53,7 @@ def load_model(label: str, source: str | Path, dtype: str | torch.dtype) -> Any:
     logging.disable_progress_bar()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            str(source),
-            config=config,
-            dtype=dtype,
-            output_loading_info=True,
-            adapter_kwargs={"subfolder": "no adapter"},  # else the leftover of one is looked for
+            str(source), config=config, dtype=dtype, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise GenarmError(f"{label}: {str(source)!r} cannot be loaded: {first_line(error)}") from error
@@ -104,7 +100,7 @@ def load_config(label: str, source: str | Path) -> Any:
     """The configuration of a causal language model; GenarmError when the source is missing or holds something else."""
     check_exists(label, source)
     check_folder(label, source)
-    if find_adapter_config_file(str(source)) is not None and not is_leftover(source):
+    if adapter_config(source) is not None:
         raise GenarmError(
             f"{label}: {str(source)!r} is a LoRA adapter; give it as --arm NAME=DIR, and its base as --base (if it is "
             "merged into a model that lies there too, remove adapter_config.json and the adapter's weights)"
@@ -173,16 +169,18 @@ def twin(model: Any, own: Iterable[torch.Tensor] = ()) -> Any:
     return copy.deepcopy(model, {id(one): one for one in shared})
 
 
+def adapter_config(source: str | Path, subfolder: str = "") -> Path | None:
+    """The adapter_config.json of a folder or hub name, or of a subfolder in it; None where it holds no adapter."""
+    if Path(source).is_dir():  # in which transformers before 5.18 looks for no subfolders
+        found = Path(source, subfolder, "adapter_config.json")
+        return found if found.is_file() else None
+    cached = find_adapter_config_file(str(source), subfolder=subfolder)
+    return Path(cached) if cached else None
+
+
 def named_adapters(source: str | Path) -> list[str]:
     """A folder's subfolders that hold an adapter each, as PEFT saves adapters that have names."""
     return sorted(file.parent.name for file in Path(source).glob("*/adapter_config.json"))
-
-
-def is_leftover(source: str | Path) -> bool:
-    """Whether the adapter_config.json in a folder is of no use: there are a whole model's weights, no adapter's."""
-    folder = Path(source)
-    model = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
-    return bool(model) and not any(folder.glob("adapter_model*"))
 
 
 def resolve_device(device: str) -> str:
