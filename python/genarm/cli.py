@@ -271,7 +271,7 @@ def train(
     Examples:
       genarm train --base DIR --data FILE.jsonl --out kind
       genarm train --base DIR --data Anthropic/hh-rlhf --out kind --dry-run
-      genarm train --base DIR --data PKU-Alignment/PKU-SafeRLHF:train --objective safer --out safe
+      genarm train --base DIR --data FILE.parquet --objective safer --out safe
       genarm train --base DIR --data FILE.jsonl --out kind --resume
     """
     try:

@@ -7,10 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
 from . import jsonl
 from .errors import GenarmError
 from .loading import INSTALL_TRAIN, first_line
 
+# The hub's client has had two libraries beneath it; all that go wrong there are kinds of this.
+_HttpError: type[Exception] = HfHubHTTPError.__bases__[0]
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(?<!\.json)(?<!\.jsonl)(?<!\.gz)(?<!\.parquet)")
 
 
@@ -64,6 +69,9 @@ def _data_set(name: str, part: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise GenarmError(f"{name}: a folder or a name on the hub needs datasets: {INSTALL_TRAIN}") from error
     # A split may be sliced ("train[:50%]") but holds no "/".
     configuration, _, split = part.rpartition("/")
+    local = Path(name).is_dir()
+    if not local and not datasets.config.HF_HUB_OFFLINE:
+        _ask_hub(name)
     bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -73,11 +81,20 @@ def _data_set(name: str, part: str) -> Iterator[tuple[str, dict[str, Any]]]:
         else:
             found = datasets.load_dataset(name, configuration or None, split=split or "train")
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        missing = (
-            "cannot be read" if Path(name).is_dir() else "no such file, and no data set on the hub that can be read"
-        )
-        raise GenarmError(f"{name}: {missing}: {first_line(error)}") from error
+        what = "cannot be read" if local else "no such file, and no data set of the hub that can be read"
+        raise GenarmError(f"{name}: {what}: {first_line(error)}") from error
     finally:
         if bars:
             datasets.enable_progress_bars()
     return ((f"{name}:{place}", row) for place, row in enumerate(found, start=1))
+
+
+def _ask_hub(name: str) -> None:
+    """Once: datasets would ask six times, over 24 seconds, before it says that the hub cannot be reached."""
+    try:
+        HfApi().dataset_info(name, timeout=10)
+    except (_HttpError, OSError, ValueError) as error:
+        raise GenarmError(
+            f"{name}: no such file, and no data set of the hub that can be read: {first_line(error)} "
+            "(HF_HUB_OFFLINE=1 takes one that was loaded before)"
+        ) from error

@@ -343,10 +343,12 @@ def _conversation(system: Any, prompt: Any, chosen: Any, rejected: Any) -> tuple
     one, other = wholes
     if one == other:
         raise UselessRowError("equal")
+    if any(whole[-1]["role"] != "assistant" for whole in wholes):
+        raise UselessRowError("empty")
     shared = _shared(one, other)
     starts = [i for i in range(1, shared + 1) if all(i < len(w) and w[i]["role"] == "assistant" for w in wholes)]
     if not starts:
-        raise UselessRowError("empty" if shared in map(len, wholes) else "no_prompt")
+        raise UselessRowError("no_prompt")
     responses = [whole[starts[-1] :] for whole in wholes]
     if not all(any(turn["content"].strip() or "tool_calls" in turn for turn in turns) for turns in responses):
         raise UselessRowError("empty")
