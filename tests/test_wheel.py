@@ -39,7 +39,17 @@ def install(folder, distribution, **environment):
     venv.create(folder, with_pip=True)
     site = next(folder.glob("lib/python*/site-packages"))
     (site / "torch.pth").write_text(sysconfig.get_path("purelib"))
-    run(str(folder / "bin/python"), "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", str(distribution), **environment)
+    run(
+        str(folder / "bin/python"),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        str(distribution),
+        **environment,
+    )
     return folder / "bin"
 
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from . import loading
 from .errors import GenarmError
 from .folders import check_folder
-from .transformers_api import find_adapter_config_file
 
 # Initialisations of a LoRA that leave the weights of its layers as they are.
 _KEEP_WEIGHTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
