@@ -33,7 +33,8 @@ def in_bytes(*specials, **named):
 
 def byte_fallback(*specials):
     """As Llama 2 has it: words with the space before them, letters, and bytes for all else."""
-    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁hello", "▁world", "\ufffd", *map(chr, range(33, 127))]
+    words = ["▁", "▁hello", "▁world", "\ufffd", *map(chr, range(33, 127))]
+    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
     core = Tokenizer(models.Unigram([(name, -1.0 - len(name) % 3) for name in names], 0, byte_fallback=True))
     core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
