@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,13 +21,23 @@ import torch
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
+from safetensors import safe_open
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from tokenizers import decoders as token_decoders
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
+from genarm import GuidedDecoder
 from genarm.errors import GenarmError
 from genarm.preferences import Preference, encode_preferences, read_preferences
-from genarm.training import ArmTrainer, collate_pairs, preference_loss, response_logps, train_arm
+from genarm.training import ArmTrainer, _Progress, collate_pairs, preference_loss, response_logps, train_arm
+from published_rows import PUBLISHED
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
@@ -504,6 +516,219 @@ def test_a_nested_configuration_limits_the_length() -> None:
     _check_fits(model, [{"prompt": [1], "chosen": [2, 3], "rejected": [4]}])
     with pytest.raises(GenarmError, match="a sequence has 4 tokens, but the model takes 3"):
         _check_fits(model, [{"prompt": [1], "chosen": [2, 3, 4], "rejected": [4]}])
+
+
+# --- data as published, from the file to the decoded text
+
+
+# Of each shape one; test_preferences.py reads them all.
+TRAINED = ["texts", "HH-RLHF", "PKU-SafeRLHF, safer", "UltraFeedback binarized", "ShareGPT", "Orca", "Nectar"]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_published_format_trains_and_decodes(base: Path, tmp_path: Path, name: str, model: Any) -> None:
+    one = PUBLISHED[name]
+    data = write_rows(tmp_path / "rows.jsonl", [one.row] * 3)
+    settings = {"lora_r": 1, "batch_size": 2, "max_length": 200, "verbose": False, "objective": one.objective}
+    metrics = train_arm(base, data, tmp_path / "arm", **settings)
+    assert (metrics["prompts"], metrics["train_pairs"], metrics["prompts_truncated"]) == (3, 2, 0)
+    assert json.loads((tmp_path / "arm" / "run.json").read_text())["objective"] == one.objective
+    decoder = GuidedDecoder.from_pretrained(base, {"arm": tmp_path / "arm"})
+    if isinstance(one.prompt, str):
+        result = decoder.generate(one.prompt, max_new_tokens=2, temperature=0)
+    else:
+        messages = [{"role": "user", "content": content} for content in one.prompt]
+        result = decoder.generate(messages=messages, max_new_tokens=2, temperature=0)
+    assert all(math.isfinite(reward) for reward in result.rewards["arm"][0])
+
+
+def test_what_was_recognised_and_left_out_is_told(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = PUBLISHED["PKU-SafeRLHF"].row
+    alike = {"response_0": "y<eos>", "response_1": "y"}  # which become the same tokens
+    data = write_rows(tmp_path / "rows.jsonl", [row] * 3 + [row | {"response_1": ""}, row | alike])
+    metrics = train_arm(base, data, tmp_path / "arm", batch_size=2, lora_r=1)
+    printed = capsys.readouterr().out
+    assert f"{data}: PKU-SafeRLHF; 4 of 5 rows, left out: 1 with an empty response\n" in printed
+    assert "left out: 1 pairs whose responses are equal as tokens\n" in printed
+    assert (metrics["prompts"], metrics["dropped_empty"], metrics["dropped_equal_tokens"]) == (3, 1, 1)
+    for rows, message in ((data, "an empty response in row 4"), ([row, row, row | alike], "equal as tokens in row 3")):
+        data = rows if isinstance(rows, Path) else write_rows(tmp_path / "other.jsonl", rows)
+        with pytest.raises(GenarmError, match=f"strict: there are rows to be left out: .*{message}"):
+            train_arm(base, data, tmp_path / "strict", strict=True)
+    assert not (tmp_path / "strict").exists()
+
+
+def test_a_dry_run_shows_the_tokens_with_loss(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from genarm import loading
+
+    monkeypatch.setattr(loading, "load_model", None)  # the model is not needed
+    rows = [{"prompt": f"q\n{i}", "chosen": "é\t[ab]", "rejected": "no"} for i in range(5)]
+    counts = train_arm(base, write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "arm", dry_run=True)
+    assert counts["prompts"] == 5
+    printed = capsys.readouterr().out
+    assert not (tmp_path / "arm").exists()
+    assert [line for line in printed.splitlines() if line.startswith("---")] == [
+        f"--- example {i} of 5" for i in (1, 2, 3)
+    ]
+    first = printed[printed.index("--- example 1") : printed.index("--- example 2")].splitlines()[1:]
+    assert first == [r"prompt:   <bos>q\n0", r"chosen:   [é][\t][[][ab][]][<eos>]", "rejected: [n][o][<eos>]"]
+
+
+# --- long runs
+
+
+def test_a_second_training_in_the_folder_is_refused(base: Path, data: Path, tmp_path: Path) -> None:
+    from genarm import training
+
+    out, refused = tmp_path / "arm", []
+
+    class Meanwhile(ArmTrainer):
+        def held_out_metrics(self) -> dict[str, float]:
+            for resume in (False, True):
+                with pytest.raises(GenarmError, match="another training runs in this folder") as caught:
+                    train_arm(base, data, out, **SETTINGS, resume=resume)
+                refused.append(caught.value)
+            return super().held_out_metrics()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "ArmTrainer", Meanwhile)
+        train_arm(base, data, out, **{**SETTINGS, "epochs": 0.2})
+    assert len(refused) == 2
+    train_arm(base, data, out, **{**SETTINGS, "epochs": 0.2}, resume=True)  # the lock is gone with the run
+
+
+def test_two_trainings_begun_at_once(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither sees the other's folder when it looks; the second comes to make it when the first has finished."""
+    from genarm import loading
+
+    load, out = loading.load_model, tmp_path / "arm"
+
+    def first_the_other(*arguments: Any) -> Any:
+        monkeypatch.setattr(loading, "load_model", load)
+        train_arm(base, data, out, **{**SETTINGS, "epochs": 0.2})
+        return load(*arguments)
+
+    monkeypatch.setattr(loading, "load_model", first_the_other)
+    with pytest.raises(GenarmError, match="another training has begun there meanwhile"):
+        train_arm(base, data, out, **{**SETTINGS, "epochs": 0.2, "lr": 1e-4})
+    assert json.loads((out / "run.json").read_text())["lr"] == SETTINGS["lr"]
+
+
+def test_a_run_belongs_to_the_base_and_not_to_its_path(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**SETTINGS, "epochs": 0.2}
+    shutil.copytree(base, tmp_path / "base")
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(ArmTrainer, "held_out_metrics", lambda self: 1 / 0)
+        train_arm(tmp_path / "base", data, tmp_path / "arm", **settings)
+    other = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        other.lm_head.weight[3, 3] += 1
+    other.save_pretrained(tmp_path / "base")
+    with pytest.raises(GenarmError, match=r"holds a run with other settings: base_identity was [0-9a-f]+, is "):
+        train_arm(tmp_path / "base", data, tmp_path / "arm", **settings, resume=True)
+    train_arm(base, data, tmp_path / "arm", **settings, resume=True)  # moved, but the same
+
+
+FULL_DISK = """
+import json, resource, sys
+from pathlib import Path
+from genarm import training
+from genarm.errors import GenarmError
+class Full(training.ArmTrainer):
+    def log(self, logs, *args, **kwargs):
+        super().log(logs, *args, **kwargs)
+        if self.state.global_step == step:
+            files = sorted(Path(self.args.output_dir).glob(f"checkpoint-*/{file}"))
+            room = files[-1].stat().st_size - 100 if files else 0
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+training.ArmTrainer = Full
+base, data, settings, *cases = map(json.loads, sys.argv[1:])
+for out, step, file in cases:
+    try:
+        training.train_arm(base, data, out, **settings)
+    except GenarmError as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the size of files cannot be limited")
+def test_a_full_disk_ends_in_one_line_and_leaves_a_run_to_go_on_with(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit on the size of files stands for it, so that a file of a checkpoint loses its end, or nothing is written.
+
+    After step 9 that is the last checkpoint.
+    """
+    settings = {**SETTINGS, "epochs": 1}
+    where = [(6, "adapter_model.safetensors"), (6, "optimizer.pt"), (9, "optimizer.pt"), (6, "none"), (1, "none")]
+    cases = [(str(tmp_path / f"arm-{i}"), *one) for i, one in enumerate(where)]
+    arguments = map(json.dumps, (str(base), str(data), settings, *cases))
+    run = subprocess.run([sys.executable, "-c", FULL_DISK, *arguments], capture_output=True, text=True, check=False)
+    assert len(run.stdout.splitlines()) == len(cases), run.stdout + run.stderr
+    for (out, step, file), line in zip(cases, run.stdout.splitlines(), strict=True):
+        assert re.fullmatch(f"{out}: cannot be written to: .+; make room and go on by --resume", line)
+        whole = [i for i in (4, 8) if i <= step]
+        assert sorted(path.name for path in Path(out).glob("checkpoint-*")) == [f"checkpoint-{i}" for i in whole], file
+        steps: list[int] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(_Progress, "on_log", lambda *a, to=steps, **_: to.append(a[2].global_step))
+            assert train_arm(base, data, out, **settings, resume=True)["steps"] == 9
+        assert steps[0] == max(whole, default=0) + 1
+
+
+# --- bases of other kinds
+
+SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 259, "bos_token_id": 0}
+SMALL |= {"eos_token_id": 1, "pad_token_id": 1}
+ATTENTION = {**SMALL, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+MIXTURE = {**ATTENTION, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+BASES: dict[str, tuple[dict[str, Any], set[str], set[str]]] = {
+    # by type: the configuration, layers that take a LoRA, some that do not
+    "gpt2": ({**SMALL, "n_embd": 32, "n_layer": 2, "n_head": 4}, {"c_attn", "c_proj", "c_fc"}, {"lm_head"}),
+    "mixtral": ({**ATTENTION, "num_local_experts": 4}, {"q_proj", "o_proj"}, {"gate", "experts"}),
+    "qwen3_moe": ({**MIXTURE, "num_experts": 4}, {"q_proj", "o_proj"}, {"gate", "experts"}),
+    "phimoe": ({**ATTENTION, "num_local_experts": 4}, {"q_proj", "o_proj"}, {"router", "experts"}),
+    "mamba2": ({**SMALL, "state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1}, {"in_proj"}, {"out_proj"}),
+    "bart": (
+        {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "vocab_size": 259,
+         "is_decoder": True, "is_encoder_decoder": False, "max_position_embeddings": 64},
+        {"q_proj", "out_proj", "fc1", "fc2"}, {"lm_head"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_bases_of_other_kinds_train_with_the_defaults(
+    base: Path, data: Path, tmp_path: Path, tokenizer: Any, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, taken, left_out = BASES[kind]
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    train_arm(tmp_path / "base", data, tmp_path / "arm", max_length=32, epochs=0.1)
+    assert re.search(r"LoRA of rank 8 on \d+ linear layers, which hold \d+% of the weights", capsys.readouterr().out)
+    names = safe_open(tmp_path / "arm" / "adapter_model.safetensors", "pt").keys()
+    layers = {part for name in names for part in name.split(".")}
+    assert taken <= layers and not left_out & layers
+    decoder = GuidedDecoder.from_pretrained(tmp_path / "base", {"arm": tmp_path / "arm"})
+    assert decoder.generate("cd", max_new_tokens=2, temperature=0).rewards["arm"][0]
+
+
+def test_a_base_without_linear_layers_says_what_to_set(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from genarm import training
+
+    monkeypatch.setattr(training, "_adaptable", lambda model: [])
+    with pytest.raises(GenarmError, match="no linear layers that take a LoRA; train all its weights with --lora-r 0"):
+        train_arm(base, data, tmp_path / "arm", verbose=False)
 
 
 def test_missing_extra_is_named(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

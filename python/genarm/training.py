@@ -126,13 +126,16 @@ def _writing_to(out: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        # torch has no exception of its own for a file that it cannot write.
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in ("PytorchStream", "iostream")):
+        # torch has no exception of its own for a file that it cannot write; these words are in all that it raises then.
+        words = ("PytorchStreamWriter", "inline_container", "iostream")
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
             raise
         for checkpoint in out.glob("checkpoint-[0-9]*"):
             if not _complete(checkpoint):  # of no use, and it takes room
                 shutil.rmtree(checkpoint, ignore_errors=True)
         why = getattr(error, "strerror", None) or loading.first_line(error)
+        if isinstance(error, RuntimeError):
+            why = f"the disk may be full ({why})"
         raise GenarmError(f"{out}: cannot be written to: {why}; make room and go on by --resume") from error
 
 
