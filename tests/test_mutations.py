@@ -106,8 +106,8 @@ MUTATIONS = {
     ),
     "a number seeds all rows alike": (
         "backends/reference.py",
-        "seed_rows = seed + torch.arange(base_logits.shape[0], device=base_logits.device)",
-        "seed_rows = torch.full((base_logits.shape[0],), seed)",
+        "rng.row_seeds(seed, base_logits.shape[0], base_logits.device)",
+        "torch.full((base_logits.shape[0],), seed)",
         "test_a_number_seeds_row_b",
     ),
     "0-dim seed is no number": (
@@ -543,7 +543,12 @@ TRITON_MUTATIONS = {
         "sums.to(tl.float64)",
         "test_random_cases and 0",
     ),
-    "seed's number without the row": ("row_pass.py", "numbers[4] + row", "numbers[4]", "test_random_cases and 0"),
+    "seed's number without the row": (
+        "row_pass.py",
+        "numbers[4] + row * SEED_STEP",
+        "numbers[4]",
+        "test_random_cases and 0",
+    ),
     "position without effect": ("common.py", "(position & 0xFFFFFFFF)", "(position & 0)", "test_same_as_the_reference"),
     "purposes mixed": ("common.py", "tile * 0 + PURPOSE", "tile * 0", "test_same_as_the_reference and 0"),
     "no Kahan": (

@@ -482,7 +482,7 @@ Case make_case(Random& random, int64_t rows, int64_t vocab, int64_t arms) {
   });
   const auto any = [&] { return static_cast<int64_t>(random.chance(0.5) ? random.bits() : random.bits() % 100); };
   c.seed = per_row(random, rows, any);
-  c.seed_step = random.one_of<int64_t>({0, 1, 1, any()});
+  c.seed_step = random.one_of<int64_t>({0, 1, GENARM_SEED_STEP, any()});
   c.position = per_row(random, rows, any);
 
   c.masked = random.chance(0.3);
