@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from . import ops, validation
+from .calls import to_its_end
 
 
+@to_its_end
 def guided_log_softmax(
     base_logits: Tensor,
     arm_logits: Sequence[Tensor] | Tensor = (),

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import ops, reference, rng, validation
+from .calls import to_its_end
 
 
 class GuidedStep(NamedTuple):
@@ -61,6 +62,7 @@ def row_seed(seed: int, row: int) -> int:
     return (number + row * rng.SEED_STEP + 2**63) % 2**64 - 2**63
 
 
+@to_its_end
 def guided_step(
     base_logits: Tensor,
     arm_logits: Sequence[Tensor] | Tensor = (),

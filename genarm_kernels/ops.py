@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .denormals import counting_denormals
+from .calls import counting_denormals
 from .outputs import empty_step, empty_whole
 
 _LIBRARY = torch.library.Library("genarm_kernels", "DEF")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import rng
 from .backends import NAMES
-from .denormals import counting_denormals
+from .calls import counting_denormals
 
 OPERAND_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_FLOAT32 = torch.finfo(torch.float32).max
