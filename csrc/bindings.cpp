@@ -104,9 +104,9 @@ class Workspace {
   size_t size_ = 0;
 };
 
-// Takes back the interpreter that PyEval_SaveThread let go. When that has come to its end meanwhile, CPython before 3.14
-// ends a daemon thread by unwinding its stack, which no destructor of C++ is prepared for: the thread sleeps until the
-// process is gone, as later versions have it.
+// Takes back the interpreter that PyEval_SaveThread let go. When that has come to its end meanwhile, CPython
+// before 3.14 ends a daemon thread by unwinding its stack, which no destructor of C++ is prepared for: the thread
+// sleeps until the process is gone, as later versions have it.
 void take_interpreter(PyThreadState* state) {
   struct Sleep {
     bool over = false;

@@ -346,11 +346,14 @@ def draw(threads):
 
 def test_the_core_needs_no_torch() -> None:
     """In a process without torch, thus without its OpenMP threads: the pool of the core's own gives the same bits."""
-    script = CORE_ALONE + """
+    script = (
+        CORE_ALONE
+        + """
 for threads in (1, 2, 4, 4):
     print(draw(threads))
 assert "torch" not in sys.modules
 """
+    )
     command = [sys.executable, "-c", script, cpu._cpu.__file__]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = run.stdout.splitlines()
@@ -394,7 +397,9 @@ def test_daemon_threads_inside_a_call_when_the_interpreter_ends(backend: str, th
 def test_the_core_gives_up_an_interpreter_that_has_ended(threads: int) -> None:
     """Without torch, so on the core's own pool, and nothing waits for the call: the thread is in it for certain, as the
     only place where it lets the interpreter go."""
-    script = CORE_ALONE + """
+    script = (
+        CORE_ALONE
+        + """
 import threading, time
 sys.setswitchinterval(1000)
 inside = False
@@ -409,6 +414,7 @@ threading.Thread(target=work, daemon=True).start()
 while not inside:
     time.sleep(0)
 """
+    )
     for _ in range(10):
         command = [sys.executable, "-c", script, cpu._cpu.__file__, str(threads)]
         run = subprocess.run(command, capture_output=True, text=True)

@@ -100,7 +100,9 @@ def test_equals_a_loop_without_cache_or_batch(tokenizer, kind, sampling):
     result = decoder.generate(PROMPTS, weights={"a": 0.7, "b": -0.4}, max_new_tokens=64, seed=11, **sampling)
     for b, prompt in enumerate(PROMPTS):
         ids = tokenizer(prompt)["input_ids"]
-        assert result.tokens[b] == expected(decoder, models_, [ids] * 3, [0.7, -0.4], 64, seed=row_seed(11, b), **sampling)
+        assert result.tokens[b] == expected(
+            decoder, models_, [ids] * 3, [0.7, -0.4], 64, seed=row_seed(11, b), **sampling
+        )
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"top_p": 0.95, "min_p": 0.01}])

@@ -10,8 +10,8 @@ import re
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -191,7 +191,9 @@ def check(result: GuidedStep, rows: list[Row], tight: bool = True) -> None:
         assert token == row.token or not sure, b
         with np.errstate(divide="ignore"):
             least, most = (np.log(np.exp(row.logp[keep]).sum()) for keep in (row.least, row.most))
-        assert max(logprob, log_mass, base_logprob, *arm_logprobs) <= 0 or math.isnan(base_logprob + sum(arm_logprobs)), b
+        assert max(logprob, log_mass, base_logprob, *arm_logprobs) <= 0 or math.isnan(
+            base_logprob + sum(arm_logprobs)
+        ), b
         assert logprob <= log_mass and (kept > 1 or logprob == log_mass), b
         assert logprob == pytest.approx(row.logp[token], abs=bound(row.logp)), b
         assert least - bound(row.logp) <= log_mass <= most + bound(row.logp), b
@@ -576,7 +578,7 @@ def test_minus_infinity(backend: str, weight: float, temperature: float, who: st
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", [5, 2048])
 def test_the_lowest_number_is_minus_infinity(backend: str, vocab: int, dtype: torch.dtype) -> None:
-    """Rule 1, whatever becomes of the sum: base and ARM overflow, or cancel; either alone; not in use. In all fields."""
+    """Rule 1, whatever becomes of the sum: base and ARM overflow, or cancel; either alone; not in use."""
     masked = torch.arange(vocab) % 3 == 1
 
     def blocked(x: Tensor, number: float) -> Tensor:

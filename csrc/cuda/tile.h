@@ -167,8 +167,8 @@ __device__ inline uint32_t may_be_drawn(const Arguments& a, int64_t row, int til
   return may;
 }
 
-// Makes z, which `combine` has made with the least logit, -inf where a token is not allowed. How many of the tile's are;
-// -1: one spoils the row.
+// Makes z, which `combine` has made with the least logit, -inf where a token is not allowed. How many of the tile's
+// are; -1: one spoils the row.
 template <class T>
 __device__ int allow(const Arguments& a, int64_t row, int tile, float least, float (&z)[kPerLane]) {
   uint32_t may = may_be_drawn(a, row, tile), bad = 0;

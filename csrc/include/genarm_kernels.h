@@ -118,11 +118,11 @@ typedef struct {
 
 typedef struct {
   genarm_inputs in;
-  genarm_ints top_k;    // <= 0 or >= V: off
-  genarm_floats top_p;  // 1: off
-  genarm_floats min_p;  // 0: off
-  genarm_ints seed;     // 64 bits; row b draws with data[b * stride] + b * seed_step (wrapping)
-  int64_t seed_step;    // of one seed for all rows: GENARM_SEED_STEP
+  genarm_ints top_k;     // <= 0 or >= V: off
+  genarm_floats top_p;   // 1: off
+  genarm_floats min_p;   // 0: off
+  genarm_ints seed;      // 64 bits; row b draws with data[b * stride] + b * seed_step (wrapping)
+  int64_t seed_step;     // of one seed for all rows: GENARM_SEED_STEP
   genarm_ints position;  // 64 bits: the index of the token being drawn; the caller advances it
   // Outputs. The four float fields are all given or all NULL (which spares their cost).
   int64_t* token;       // [B], -1 where none was drawn

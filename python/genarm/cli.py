@@ -119,7 +119,9 @@ def generate(
     top_k: Annotated[int, _sampling(min=0, help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
     top_p: Annotated[float, _sampling(min=0, max=1, help="Keep the likeliest tokens of this mass.")] = 1.0,
     min_p: Annotated[float, _sampling(min=0, max=1, help="Keep tokens of this share of the likeliest's p.")] = 0.0,
-    seed: Annotated[int, _sampling(help="Every prompt gets a seed of its own from it; the same one draws the same.")] = 0,
+    seed: Annotated[
+        int, _sampling(help="Every prompt gets a seed of its own from it; the same one draws the same.")
+    ] = 0,
     stop: Annotated[list[str] | None, _sampling(metavar="TEXT", help="End where this appears. Repeatable.")] = None,
     batch_size: Annotated[int, _sampling(min=1, help="Prompts decoded together; changes the speed alone.")] = 16,
     compare: Annotated[bool, _output("--compare", help="Unguided and guided side by side.")] = False,

@@ -942,8 +942,8 @@ void test_two_callers() {
   }
 }
 
-// Denormal numbers count although the host has told its threads to flush them, and to round all to zero; and it gets its
-// mode back.
+// Denormal numbers count although the host has told its threads to flush them, and to round all to zero; and it gets
+// its mode back.
 void test_float_mode() {
 #if defined(__SSE2__)
   context = "floating-point mode";
