@@ -29,7 +29,7 @@ from torch import Tensor
 
 from bench.baselines import compiled, eager
 from genarm.benchmark import commit
-from genarm_kernels import available_backends, guided_step
+from genarm_kernels import available_backends, guided_step, row_seed
 from genarm_kernels.testing import make_logits
 
 VOCABS, BATCHES, ARMS = (128256, 32000, 50257, 151936, 256000), (1, 8, 64, 256), (1, 2, 3)
@@ -234,7 +234,8 @@ def check(case: Case, step: Step) -> None:
     sampling = sampling_of(case)
     if "token_mask" in sampling:
         sampling["token_mask"] = sampling["token_mask"][rows]
-    law = guided_step(base[rows], [arm[rows] for arm in arms], seed=rows, position=3, backend="reference", **sampling)
+    seed = torch.tensor([row_seed(0, b) for b in rows.tolist()], device=DEVICE)
+    law = guided_step(base[rows], [arm[rows] for arm in arms], seed=seed, position=3, backend="reference", **sampling)
     assert torch.equal(got.token[rows], law.token), f"{case}: {got.token[rows].tolist()}, {law.token.tolist()}"
     for name in ("logprob", "log_mass", "base_logprob", "arm_logprobs"):
         torch.testing.assert_close(

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from bench.baselines import BASELINES, Drawn, why_not_compiled
 from genarm.benchmark import commit, cpu_model, read_bandwidth
-from genarm_kernels import GuidedStep, available_backends, backends, guided_log_softmax, guided_step
+from genarm_kernels import GuidedStep, available_backends, backends, guided_log_softmax, guided_step, row_seed
 from genarm_kernels.testing import make_logits
 
 DEVICE = os.environ.get("GENARM_BENCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -194,7 +194,8 @@ def expected(case: Case) -> tuple[Tensor, GuidedStep]:
     rows = torch.linspace(0, case.batch - 1, min(_CHECKED_ROWS, case.batch), device=DEVICE).long()
     base, arms = first_rows(case)
     arms = [arm[rows] for arm in arms]
-    return rows, guided_step(base[rows], arms, seed=rows, position=0, backend="reference", **case.sampling)
+    seed = torch.tensor([row_seed(0, b) for b in rows.tolist()], device=DEVICE)
+    return rows, guided_step(base[rows], arms, seed=seed, position=0, backend="reference", **case.sampling)
 
 
 @functools.lru_cache(maxsize=1)

@@ -2,16 +2,19 @@
 #include "bindings.h"
 
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 #if !defined(_WIN32)
 #include <dlfcn.h>
 #include <pthread.h>
 #endif
 
+#include "cpu/float_mode.h"
 #include "cpu/row_kernel.h"
 
 namespace py = pybind11;
@@ -101,6 +104,20 @@ class Workspace {
   size_t size_ = 0;
 };
 
+// Takes back the interpreter that PyEval_SaveThread let go. When that has come to its end meanwhile, CPython
+// before 3.14 ends a daemon thread by unwinding its stack, which no destructor of C++ is prepared for: the thread
+// sleeps until the process is gone, as later versions have it.
+void take_interpreter(PyThreadState* state) {
+  struct Sleep {
+    bool over = false;
+    ~Sleep() {
+      while (!over) std::this_thread::sleep_for(std::chrono::hours(1));
+    }
+  } sleep;
+  PyEval_RestoreThread(state);
+  sleep.over = true;
+}
+
 // Calls that run on this machine's threads; Python says how many.
 class Cpu {
  public:
@@ -120,15 +137,13 @@ class Cpu {
            genarm_result (*operation)(const Args*, genarm_error*)) const {
     thread_local Workspace workspace;
     genarm_error error;
-    genarm_result result;
-    {
-      const py::gil_scoped_release released;
-      result = workspace_size(&args, &args.in.workspace_size, &error);
-      if (result == GENARM_OK) {
-        args.in.workspace = workspace.of(args.in.workspace_size);
-        result = operation(&args, &error);
-      }
+    PyThreadState* const state = PyEval_SaveThread();
+    genarm_result result = workspace_size(&args, &args.in.workspace_size, &error);
+    if (result == GENARM_OK) {
+      args.in.workspace = workspace.of(args.in.workspace_size);
+      result = operation(&args, &error);
     }
+    take_interpreter(state);
     genarm::bindings::raise(result, error);
   }
 
@@ -155,6 +170,7 @@ void add_low_rank(int dtype, py::handle y, py::handle x, py::handle down, py::ha
                              step * in,
                              step * out,
                              inner};
+  const genarm::DefaultFloatMode mode;
   for (int64_t row = 0; row < rows; ++row) genarm::kernels_of(isa)->add_low_rank(part, row);
 }
 

@@ -114,7 +114,7 @@ void guided_step(int dtype, py::handle place, int64_t rows, py::handle token, py
   args.top_p = floats(top_p, top_p_rows, rows);
   args.min_p = floats(min_p, min_p_rows, rows);
   args.seed = ints(seed, seed_rows, rows);
-  args.seed_step = seed_rows.is_none() ? 1 : 0;
+  args.seed_step = seed_rows.is_none() ? GENARM_SEED_STEP : 0;
   args.position = ints(position, position_rows, rows);
   args.token = pointer<int64_t>(token);
   args.kept = pointer<int32_t>(kept);

@@ -8,11 +8,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .backends import available_backends
 from .guided_log_softmax import guided_log_softmax
-from .guided_step import GuidedStep, guided_step
+from .guided_step import GuidedStep, guided_step, row_seed
 from .streams import run_concurrently
 
 try:
     __version__ = version("genarm-kernels")
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "unknown"
-__all__ = ["GuidedStep", "available_backends", "guided_log_softmax", "guided_step", "run_concurrently"]
+__all__ = ["GuidedStep", "available_backends", "guided_log_softmax", "guided_step", "row_seed", "run_concurrently"]

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from . import ops, validation
+from .calls import to_its_end
 
 
+@to_its_end
 def guided_log_softmax(
     base_logits: Tensor,
     arm_logits: Sequence[Tensor] | Tensor = (),
@@ -22,7 +24,8 @@ def guided_log_softmax(
     """log p `[B, V]`, nats, float32, for every token of the base's width: -inf where not allowed.
 
     The arguments are those of `guided_step`; temperature must be above 0. A row with no allowed token is -inf
-    throughout, a row that `guided_step` would give status 1 is NaN. Differentiable with respect to every operand on the
+    throughout, a row that `guided_step` would give status 1 is NaN. The likeliest token's is exactly 0 where the others
+    have no mass. Differentiable with respect to every operand on the
     reference backend, which "auto" takes when a gradient is asked for; parameters get no gradient.
 
     Raises:

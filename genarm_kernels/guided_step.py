@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import ops, reference, validation
+from . import ops, reference, rng, validation
+from .calls import to_its_end
 
 
 class GuidedStep(NamedTuple):
@@ -20,17 +21,19 @@ class GuidedStep(NamedTuple):
     kept: Tensor
     """`[B]` int32: how many tokens survived the filters."""
     base_logprob: Tensor | None
-    """`[B]` float32, nats: the base's own log-softmax at the token, temperature 1, no mask."""
+    """`[B]` float32, nats: the base's own log-softmax at the token, temperature 1, no mask: the lowest finite number,
+    which is not allowed, stands here for itself."""
     arm_logprobs: Tensor | None
     """`[B, N]` float32, nats: each ARM's own log-softmax at the token: the token-level rewards."""
     status: Tensor
-    """`[B]` int32: 0 drawn; 1 an operand held NaN or +inf (or a parameter was out of range); 2 no allowed token."""
+    """`[B]` int32: 0 drawn; 1 an operand held NaN or +inf (or z, or a parameter, is out of range); 2 no token allowed.
+    """
 
     def raise_for_status(self) -> None:
         """One ValueError that names the rows which drew no token, and why. Waits for the device."""
         status = self.status.tolist()
         reasons = {
-            reference.BAD_ROW: "NaN or +inf in an operand in use, or a parameter out of range",
+            reference.BAD_ROW: "NaN or +inf in an operand in use, or a parameter or a sum of operands out of range",
             reference.NO_ALLOWED_TOKEN: "no allowed token",
         }
         failed = [(text, [b for b, s in enumerate(status) if s == code]) for code, text in reasons.items()]
@@ -40,6 +43,28 @@ class GuidedStep(NamedTuple):
             )
 
 
+def row_seed(seed: int, row: int) -> int:
+    """The seed, an int64, that `guided_step(..., seed=seed)` gives a row of its batch.
+
+    It is seed + row * 0x9E3779B97F4A7C15 modulo 2^64. A row drawn alone with it is drawn as in the batch.
+
+    Raises:
+        ValueError, TypeError: `seed` is not an int from -2^63 to 2^64 - 1, or `row` not one from 0 on.
+
+    >>> row_seed(7, 0), row_seed(7, 1)
+    (7, -7046029254386353124)
+    >>> import torch
+    >>> base = torch.zeros(2, 1000)
+    >>> torch.equal(guided_step(base, seed=7).token[1:], guided_step(base[1:], seed=row_seed(7, 1)).token)
+    True
+    """
+    number, row = validation.counter("seed", seed), validation.counter("row", row)
+    if row < 0:
+        raise ValueError(f"row: expected an integer from 0 on, got {row}")
+    return (number + row * rng.SEED_STEP + 2**63) % 2**64 - 2**63
+
+
+@to_its_end
 def guided_step(
     base_logits: Tensor,
     arm_logits: Sequence[Tensor] | Tensor = (),
@@ -62,6 +87,10 @@ def guided_step(
     The decoding distribution of GenARM (Xu et al. 2024, arXiv 2410.08193); the same sum serves proxy tuning,
     contrastive decoding and classifier-free guidance with other coefficients. No host synchronisation.
 
+    A token is not allowed where an operand of weight other than 0 is -inf or its dtype's lowest finite number, which
+    many models write in its place, whatever the weight's sign. Any other number counts as it is: -1e9 of a base and an
+    ARM of weight -1 cancel, and the token may be drawn. There a token mask is the way, as in the last example.
+
     Args:
         base_logits: `[B, V]` float32, bfloat16 or float16; last dimension contiguous, any row stride.
         arm_logits: N tensors `[B, V_i]`, or one `[N, B, V]`, of the base's dtype and device. N = 0: plain sampling.
@@ -73,11 +102,12 @@ def guided_step(
         top_k: int or `[B]`: keep tokens with fewer than top_k above them. <= 0 is off.
         top_p: float or `[B]`, in [0, 1]: then keep tokens with less than this share of the mass above them. 1 is off.
         min_p: float or `[B]`, in [0, 1]: then keep tokens of at least this share of the largest p. 0 is off.
-        seed: int, or int64 tensor `[B]`. An int s gives row b the seed s + b.
+        seed: int, or int64 tensor `[B]`. An int s gives row b the seed `row_seed(s, b)`: calls with different seeds
+            have no row's seed in common, and row 0 has s.
         position: int, or int64 tensor `[B]`: index of the token being drawn. The draw is a pure function of (the row,
             seed, position): the caller advances it.
         token_mask: int32 `[B, W]` bitmask, bit v % 32 of word v // 32 set = allowed (as grammar engines emit it). The
-            last example makes one of bools.
+            examples make one of bools.
         vocab_size: tokens from here on are never drawn; needed when the operands differ in width.
         logprobs: False leaves the four float fields None and spares their cost.
         backend: "auto" or a name of `available_backends()`; a named backend runs or raises.
@@ -101,6 +131,9 @@ def guided_step(
     >>> token_mask = (bits << torch.arange(32, dtype=torch.int32)).sum(2, dtype=torch.int32)
     >>> guided_step(base, [arm], token_mask=token_mask).token
     tensor([1])
+    >>> masked = torch.tensor([[-1e9, 0.0, -1e9]])
+    >>> guided_step(masked, [masked], weights=-1.0, token_mask=token_mask).kept
+    tensor([1], dtype=torch.int32)
     """
     base, arms, vocab = validation.operands(base_logits, arm_logits, vocab_size)
     weight_numbers, weights_rows = validation.weights(weights, base, len(arms))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .calls import counting_denormals
 from .outputs import empty_step, empty_whole
 
 _LIBRARY = torch.library.Library("genarm_kernels", "DEF")
@@ -57,7 +58,8 @@ def guided_step(backend: str, base_logits: Tensor, arm_logits: list[Tensor], *ar
 
 @torch.library.impl(_LIBRARY, "guided_step", "CompositeExplicitAutograd")
 def _guided_step(backend: str, base_logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return backends.load(backend, base_logits.device.type, len(base_logits)).guided_step(base_logits, *args)
+    module = backends.load(backend, base_logits.device.type, len(base_logits))
+    return counting_denormals(module.guided_step, base_logits, *args)
 
 
 @torch.library.register_fake("genarm_kernels::guided_step", lib=_LIBRARY)
@@ -69,7 +71,8 @@ def _guided_step_fake(
 
 @torch.library.impl(_LIBRARY, "guided_log_softmax", "CompositeExplicitAutograd")
 def _guided_log_softmax(backend: str, base_logits: Tensor, *args: Any) -> Tensor:
-    return backends.load(backend, base_logits.device.type, len(base_logits)).guided_log_softmax(base_logits, *args)
+    module = backends.load(backend, base_logits.device.type, len(base_logits))
+    return counting_denormals(module.guided_log_softmax, base_logits, *args)
 
 
 @torch.library.register_fake("genarm_kernels::guided_log_softmax", lib=_LIBRARY)

@@ -4,7 +4,11 @@ What the contract leaves open is decided here, in words:
 
 - z is a float32 number: `acc = fma(weight, x, acc)` for every operand in use, in the order base, ARM 1, ARM 2, ...,
   from acc = 0, weights rounded to float32. "Equal in z" means equal as such numbers: ties are the same everywhere.
-- A z that leaves float32's range at an allowed token makes the row bad (status 1), as an infinite operand would.
+- A z above float32's range at an allowed token makes the row bad (status 1), as an infinite operand would; where z is
+  below it the token is not allowed.
+- An operand's own log-softmax takes the lowest finite number of its dtype for what it is.
+- Denormal numbers count, whatever mode the calling thread is in; torch's own threads, to which it hands shares of a
+  large tensor, keep theirs.
 - Everything behind z is computed in float64 and returned as float32.
 - A row that uses no operand at all (every weight 0) is uniform over the tokens that its mask allows.
 - A bad parameter of a row in a tensor wins over "no allowed token": status 1.
@@ -69,8 +73,8 @@ def guided_step(
     if not logprobs:
         none = [torch.empty(0, dtype=torch.float32, device=z.device) for _ in range(4)]  # outputs must not alias
         return token, *none[:2], kept, *none[2:], status
-    log_mass = _row_sum(p.where(keep, 0.0)).log() - log_total
     logprob = _at(scaled, token) - log_total
+    log_mass = (_row_sum(p.where(keep, 0.0)).log() - log_total).maximum(logprob)
     own = torch.stack([_at(x[:, :vocab_size].double().log_softmax(1), token) for x in operands], 1)
 
     def of_drawn(field: Tensor) -> Tensor:
@@ -79,7 +83,7 @@ def guided_step(
     return (
         token,
         of_drawn(logprob),
-        of_drawn(torch.where(greedy, logprob, log_mass)),
+        of_drawn(torch.where(kept == 1, logprob, log_mass)),
         kept,
         of_drawn(own[:, 0]),
         of_drawn(own[:, 1:]),
@@ -121,10 +125,10 @@ def combine(
     z = torch.zeros(shape, dtype=torch.float32, device=device)
     for operand, weight in zip(operands, coefficients.split(1, dim=1), strict=True):
         x, in_use = operand[:, :vocab_size], weight != 0
-        blocked |= in_use & (x == -_INF)
+        blocked |= in_use & (x <= torch.finfo(x.dtype).min)
         bad |= in_use & (x.isnan() | (x == _INF))
         z = torch.where(in_use, _fma(weight, x, z), z)
-    allowed = in_mask & ~blocked
+    allowed = in_mask & ~blocked & (z != -_INF)
     bad_row = (in_mask & bad).any(1) | (allowed & ~z.isfinite()).any(1) | ~coefficients.isfinite().all(1)
     return z.where(allowed, -_INF), allowed, bad_row
 

@@ -15,10 +15,19 @@ TILE = 1024
 PURPOSE_TILE = 0  # one Gumbel variate a tile
 PURPOSE_TOKEN = 1  # one uniform a row, inside the tile that won
 
+# Between the seeds of a call's rows where one number seeds them all: 2^64 / the golden ratio, as an int64. Calls with
+# seeds 0, 1, 2, ... have no row's seed in common, as a step of 1 would give them.
+SEED_STEP = 0x9E3779B97F4A7C15 - 2**64
+
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+
+
+def row_seeds(seed: int | Tensor, rows: int, device: torch.device) -> Tensor:
+    """int64 `[rows]`: the rows' seeds where one int64 seeds them all; wraps."""
+    return seed + SEED_STEP * torch.arange(rows, device=device)
 
 
 def philox4x32(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:

@@ -91,10 +91,10 @@ def pooled_chi_squared(counts: Tensor, probabilities: Tensor, min_expected: floa
 def random_case(seed: int, exact: bool = False, device: str | torch.device | None = None) -> dict[str, Any]:
     """Keyword arguments of `guided_step` that mix everything its contract allows; a pure function of `seed`.
 
-    Widths, dtypes, strides, masks, -inf, NaN and +inf, parameters as numbers and as every kind of tensor, also out of
-    range where they are in tensors. Two backends must give the same `token`, `kept` and `status` (but for fewer than
-    one row in 10,000). `exact`: every sum of the operands is exact in float32 in any order, so that an oracle in
-    float64 knows which tokens are equal; there are many.
+    Widths, dtypes, strides, masks, -inf and lowest numbers, NaN and +inf, parameters as numbers and as every kind of
+    tensor, also out of range where they are in tensors. Two backends must give the same `token`, `kept` and `status`
+    (but for fewer than one row in 10,000). `exact`: every sum of the operands is exact in float32 in any order, so that
+    an oracle in float64 knows which tokens are equal; there are many.
     """
     draw = random.Random(seed)
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -110,7 +110,8 @@ def random_case(seed: int, exact: bool = False, device: str | torch.device | Non
         if exact:
             x = (x * _GRID).round() / _GRID
         if draw.random() < 0.2:
-            x[torch.rand(x.shape, generator=generator, device="cpu") < 0.1] = -torch.inf
+            nothing = draw.choice((-torch.inf, torch.finfo(dtype).min))
+            x[torch.rand(x.shape, generator=generator, device="cpu") < 0.1] = nothing
         if draw.random() < 0.1:
             x[draw.randrange(rows), draw.randrange(margin + width)] = draw.choice((torch.nan, torch.inf))
         return x.to(device, dtype)[:, margin:]

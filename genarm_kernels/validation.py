@@ -8,7 +8,9 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from . import rng
 from .backends import NAMES
+from .calls import counting_denormals
 
 OPERAND_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_FLOAT32 = torch.finfo(torch.float32).max
@@ -67,7 +69,7 @@ def weights(value: Any, base: Tensor, n_arms: int) -> tuple[list[float], Tensor 
         _parameter_tensor("weights", value, base, floating=True)
         if tuple(value.shape) not in ((), (n_arms,), (rows, n_arms)):
             raise ValueError(f"weights: expected a tensor [{n_arms}] or [{rows}, {n_arms}], got {_kind(value)}")
-        return [], value.detach().float().expand(rows, n_arms)
+        return [], counting_denormals(value.detach().float).expand(rows, n_arms)
     if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != n_arms:
             raise ValueError(f"weights: expected {_WEIGHT}, got {len(value)} for {n_arms} ARMs")
@@ -95,16 +97,21 @@ def int_rows(name: str, value: Any, base: Tensor) -> IntRows:
 
 
 def counter_rows(name: str, value: Any, base: Tensor, per_row: bool = False) -> IntRows:
-    """A 64-bit parameter of the random numbers, wrapped to int64. `per_row`: a number s gives row b the value s + b."""
+    """A 64-bit parameter of the random numbers, wrapped to int64. `per_row`: a 0-dim tensor seeds every row anew."""
     if isinstance(value, Tensor):
         rows = _rows(name, value, base, floating=False)
         if per_row and value.dim() == 0:
-            rows = rows + torch.arange(base.shape[0], device=base.device)
+            rows = rng.row_seeds(rows, base.shape[0], base.device)
         return 0, rows
+    return counter(name, value), None
+
+
+def counter(name: str, value: Any) -> int:
+    """An int of 64 bits, with a sign or without, as an int64."""
     value = _int(name, value)
     if not -(2**63) <= value < 2**64:
         raise ValueError(f"{name}: expected an integer from -2^63 to 2^64 - 1, got {value}")
-    return value if value < 2**63 else value - 2**64, None
+    return value if value < 2**63 else value - 2**64
 
 
 def token_mask(value: Any, base: Tensor, vocab_size: int) -> Tensor | None:
@@ -175,7 +182,7 @@ def _rows(name: str, value: Tensor, base: Tensor, floating: bool) -> Tensor:
     value = value.detach() if value.requires_grad else value
     value = value if value.dim() else value.expand(rows)
     wanted = torch.float32 if floating else torch.int64
-    return value if value.dtype is wanted else value.to(wanted)
+    return value if value.dtype is wanted else counting_denormals(value.to, wanted)
 
 
 def _parameter_tensor(name: str, value: Tensor, base: Tensor, floating: bool) -> None:

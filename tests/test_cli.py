@@ -27,6 +27,7 @@ from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTo
 from transformers.utils import logging
 
 from genarm import checks, cli, training
+from genarm_kernels import row_seed
 from genarm_kernels.backends import NAMES, cpu, why_unavailable
 
 TEMPLATE = (
@@ -311,7 +312,9 @@ def test_a_line_of_results_says_all(genarm: Genarm) -> None:
     status, out, err = genarm(f"{MODELS} --prompts good.jsonl --seed 7 --weight kind=0.25 --out out.jsonl")
     assert (status, out, err) == (0, "out.jsonl: 3 of 3 prompts are done\n", "")
     rows = read("out.jsonl")
-    assert [row["index"] for row in rows] == [0, 1, 2] and [row["seed"] for row in rows] == [7, 8, 9]
+    assert [row["index"] for row in rows] == [0, 1, 2] and [row["seed"] for row in rows] == [
+        row_seed(7, i) for i in range(3)
+    ]
     assert [row.get("prompt") for row in rows] == ["hello", "What now?", None] and rows[1]["id"] == "b"
     assert rows[2]["messages"] == [{"role": "user", "content": "tëst"}]
     for row in rows:

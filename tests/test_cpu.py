@@ -282,8 +282,11 @@ def test_denormal_numbers_count_whatever_the_host_flushes() -> None:
         torch.set_flush_denormal(flush)
         results.append(guided_step(x, temperature=0, backend="cpu").token.tolist())
         results.append(guided_step(x, min_p=torch.tensor([1e-40]), backend="cpu").kept.tolist())
+        y = torch.zeros(1, 1, 3)
+        cpu.add_low_rank(y, torch.ones(1, 1, 1), torch.ones(1, 1), x, 0, 1)
         torch.set_flush_denormal(False)
-    assert results == [[1], [3], [1], [3]]
+        results.append([y.count_nonzero().item()])
+    assert results == 2 * [[1], [3], [3]]
 
 
 def test_the_environment_forces_an_instruction_set() -> None:
@@ -318,9 +321,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     assert float(run.stdout) < 64 * 1.04
 
 
-def test_the_core_needs_no_torch() -> None:
-    """In a process without torch, thus without its OpenMP threads: the pool of the core's own gives the same bits."""
-    script = """
+CORE_ALONE = """
 import ctypes, importlib.util, sys
 
 spec = importlib.util.spec_from_file_location("_cpu", sys.argv[1])
@@ -337,18 +338,89 @@ class Buffer:  # what the bindings want of a tensor
 
 f, i32, i64 = ctypes.c_float, ctypes.c_int32, ctypes.c_int64
 x = Buffer(f, 3, 60_000, ((v * 7919 % 1009) / 100 for v in range(180_000)))
-for threads in (1, 2, 4, 4):
+
+def draw(threads):
     fields = [Buffer(ctype, 3, 1) for ctype in (i64, f, f, i32, f, f, i32)]
     core.guided_step(0, threads, 3, *fields, x, [x], 60_000, True, [1.0], 1.0, 0.7, 500, 0.9, 0.0, 11, 0, *[None] * 9)
-    print([list(field.array) for field in fields])
+    return [list(field.array) for field in fields]
+"""
+
+
+def test_the_core_needs_no_torch() -> None:
+    """In a process without torch, thus without its OpenMP threads: the pool of the core's own gives the same bits."""
+    script = (
+        CORE_ALONE
+        + """
+for threads in (1, 2, 4, 4):
+    print(draw(threads))
 assert "torch" not in sys.modules
 """
+    )
     command = [sys.executable, "-c", script, cpu._cpu.__file__]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = run.stdout.splitlines()
     x = (torch.arange(180_000) * 7919 % 1009 / 100).view(3, -1)
     expected = guided_step(x, [x], temperature=0.7, top_k=500, top_p=0.9, seed=11, backend="cpu")
     assert len(lines) == 4 and set(lines) == {repr([field.flatten().tolist() for field in expected])}
+
+
+AT_THE_END = """
+import sys, threading, time
+import torch
+from genarm_kernels import guided_log_softmax, guided_step
+
+torch.set_num_threads(int(sys.argv[2]))
+x = torch.arange(16 * int(sys.argv[3])).remainder(97).div(9).view(16, -1)
+rounds = 0
+
+def work():
+    global rounds
+    while True:
+        guided_step(x, [x], torch.ones(1), top_p=0.9, backend=sys.argv[1])
+        guided_log_softmax(x, [x], backend=sys.argv[1])
+        rounds += 1
+
+for _ in range(3):
+    threading.Thread(target=work, daemon=True).start()
+while not rounds:
+    time.sleep(0)
+"""
+
+
+@pytest.mark.parametrize("backend, threads, vocab", [("cpu", 1, 100), ("cpu", 2, 60_000), ("reference", 1, 100)])
+def test_daemon_threads_inside_a_call_when_the_interpreter_ends(backend: str, threads: int, vocab: int) -> None:
+    for _ in range(5):
+        command = [sys.executable, "-c", AT_THE_END, backend, str(threads), str(vocab)]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_the_core_gives_up_an_interpreter_that_has_ended(threads: int) -> None:
+    """Without torch, so on the core's own pool, and nothing waits for the call: the thread is in it for certain, as the
+    only place where it lets the interpreter go."""
+    script = (
+        CORE_ALONE
+        + """
+import threading, time
+sys.setswitchinterval(1000)
+inside = False
+
+def work():
+    global inside
+    inside = True
+    while True:
+        draw(int(sys.argv[2]))
+
+threading.Thread(target=work, daemon=True).start()
+while not inside:
+    time.sleep(0)
+"""
+    )
+    for _ in range(10):
+        command = [sys.executable, "-c", script, cpu._cpu.__file__, str(threads)]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
 # --- Low-rank additions -----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 import oracle
 from genarm import GenarmError, GuidedDecoder, bundled, world
 from genarm.text import TextStream
+from genarm_kernels import row_seed
 
 PROMPTS = ["a", "How do I sleep better?", "Tell me about bread, please, and be quick.", "ok then", "é" * 9]
 
@@ -100,7 +101,9 @@ def test_equals_a_loop_without_cache_or_batch(tokenizer, kind, sampling):
     result = decoder.generate(PROMPTS, weights={"a": 0.7, "b": -0.4}, max_new_tokens=64, seed=11, **sampling)
     for b, prompt in enumerate(PROMPTS):
         ids = tokenizer(prompt)["input_ids"]
-        assert result.tokens[b] == expected(decoder, models_, [ids] * 3, [0.7, -0.4], 64, seed=11 + b, **sampling)
+        assert result.tokens[b] == expected(
+            decoder, models_, [ids] * 3, [0.7, -0.4], 64, seed=row_seed(11, b), **sampling
+        )
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"top_p": 0.95, "min_p": 0.01}])
@@ -113,7 +116,7 @@ def test_trained_models_equal_the_loop(trained, sampling):
         assert result.finish_reasons[b] == "eos"
         assert result.tokens[b] == oracle.decode(
             [forward_of(model) for model in forwards], [ids] * 3, [1.0, 0.5], 128,
-            vocab_size=trained.vocab_size, eos=eos, seed=4 + b, **sampling,
+            vocab_size=trained.vocab_size, eos=eos, seed=row_seed(4, b), **sampling,
         )  # fmt: skip
 
 
@@ -162,7 +165,7 @@ def test_arm_prompts_share_only_the_continuation(decoder, tokenizer):
     models_ = [make_model(), make_model(seed=1), make_model(seed=2)]
     for b in range(len(PROMPTS)):
         ids = [tokenizer(text)["input_ids"] for text in (PROMPTS[b], PROMPTS[b], own[b])]
-        assert result.tokens[b] == expected(decoder, models_, ids, [0.0, 1.0], 16, seed=2 + b)
+        assert result.tokens[b] == expected(decoder, models_, ids, [0.0, 1.0], 16, seed=row_seed(2, b))
 
 
 def test_eos_ends_a_row_and_not_its_neighbours(trained):
@@ -354,12 +357,12 @@ def test_the_last_position_can_be_filled(decoder):
     assert len(decoder.generate("x" * 256, max_new_tokens=1).tokens[0]) == 1
 
 
-def test_one_seed_counts_up_and_many_are_taken_as_they_are(decoder):
+def test_one_seed_makes_one_a_prompt_and_many_are_taken_as_they_are(decoder):
     options = {"max_new_tokens": 8, "temperature": 2.0}
     same = decoder.generate(["a"] * 3, seed=[5, 5, 5], **options).tokens
     assert same[0] == same[1] == same[2]
     up = decoder.generate(["a"] * 3, seed=np.int64(5), **options).tokens
-    assert up == decoder.generate(["a"] * 3, seed=[5, 6, 7], **options).tokens
+    assert up == decoder.generate(["a"] * 3, seed=[row_seed(5, b) for b in range(3)], **options).tokens
     assert up[0] != up[1]
     huge = {"seed": 2**64 - 1, "top_k": [10**30, 10**30]}
     assert (

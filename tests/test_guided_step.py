@@ -9,6 +9,7 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -20,13 +21,25 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import genarm_kernels
-from genarm_kernels import GuidedStep, available_backends, guided_log_softmax, guided_step, run_concurrently
+from genarm_kernels import (
+    GuidedStep,
+    available_backends,
+    guided_log_softmax,
+    guided_step,
+    row_seed,
+    run_concurrently,
+)
 from genarm_kernels.backends import interpreted
 from genarm_kernels.testing import make_logits, pooled_chi_squared, random_case
 
 INF, NAN = math.inf, math.nan
 VOCABULARIES = (1, 7, 111, 1000, 32000, 128256, 151936)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LOWEST = {  # finite numbers
+    torch.float32: -(2.0**128 - 2.0**104),
+    torch.bfloat16: -(2.0**128 - 2.0**120),
+    torch.float16: -65504.0,
+}
 DRAWN, BAD_ROW, NO_ALLOWED_TOKEN = 0, 1, 2
 TILE = 1024
 large = pytest.mark.large
@@ -47,8 +60,11 @@ class Row(NamedTuple):
     own: list[np.ndarray]  # each operand's own log-softmax
 
 
+SEED_STEP = 0x9E3779B97F4A7C15  # what a number adds a row
+
+
 def at(value: Any, b: int, per_row: int = 0) -> Any:
-    """A parameter of row b as a Python number; `per_row` is what a number adds a row (1 for seeds)."""
+    """A parameter of row b as a Python number; `per_row` is what a number adds a row (SEED_STEP for seeds)."""
     if isinstance(value, Tensor):
         return value[b].item() if value.dim() else value.item() + per_row * b
     return value + per_row * b
@@ -93,14 +109,17 @@ def oracle(
         bad = not (all(map(math.isfinite, w)) and 0 <= t < INF and 0 <= p <= 1 and 0 <= m <= 1)
         bad |= any((np.isnan(x[allowed]) | (x[allowed] == INF)).any() for x, _ in in_use)
         for x, _ in in_use:
-            allowed &= x != -INF
+            allowed &= x > LOWEST[base_logits.dtype]
         z = np.full(vocab, -INF)
         with np.errstate(all="ignore"):
             z[allowed] = sum((c * x[allowed] for x, c in in_use), np.zeros(allowed.sum()))
+            bad |= (z >= 2.0**128 - 2.0**103).any()  # what float32 rounds to infinity
+            z[z <= 2.0**103 - 2.0**128] = -INF
+            allowed &= z > -INF
             logp = log_softmax(z / (t or 1.0))
         status = BAD_ROW if bad else DRAWN if allowed.any() else NO_ALLOWED_TOKEN
         least, most = (kept_set(z, t, at(top_k, b), p, m, s) for s in (-4e-6, 4e-6)) if status == DRAWN else (z, z)
-        token = draw(np.where(least, logp, -INF), at(seed, b, 1), at(position, b)) if status == DRAWN else -1
+        token = draw(np.where(least, logp, -INF), at(seed, b, SEED_STEP), at(position, b)) if status == DRAWN else -1
         rows.append(Row(status, logp, least, most, token, [log_softmax(x) for x in operands]))
     return rows
 
@@ -171,6 +190,10 @@ def check(result: GuidedStep, rows: list[Row], tight: bool = True) -> None:
         assert token == row.token or not sure, b
         with np.errstate(divide="ignore"):
             least, most = (np.log(np.exp(row.logp[keep]).sum()) for keep in (row.least, row.most))
+        assert max(logprob, log_mass, base_logprob, *arm_logprobs) <= 0 or math.isnan(
+            base_logprob + sum(arm_logprobs)
+        ), b
+        assert logprob <= log_mass and (kept > 1 or logprob == log_mass), b
         assert logprob == pytest.approx(row.logp[token], abs=bound(row.logp)), b
         assert least - bound(row.logp) <= log_mass <= most + bound(row.logp), b
         for own, expected in zip((base_logprob, *arm_logprobs), row.own, strict=True):
@@ -219,6 +242,7 @@ def check_whole(whole: Tensor, rows: list[Row]) -> None:
         vocab = len(row.logp)
         if row.status == DRAWN:
             np.testing.assert_allclose(logp[:vocab], row.logp, rtol=0, atol=bound(row.logp))
+            assert logp.max() <= 0
         else:
             np.testing.assert_array_equal(logp[:vocab], NAN if row.status == BAD_ROW else -INF)
         assert row.status == BAD_ROW or (logp[vocab:] == -INF).all()
@@ -401,7 +425,7 @@ def test_a_row_alone_and_in_a_batch(backend: str, vocab: int) -> None:
         together = guided_step(base, [arm], 0.7, **filters, seed=3, backend=backend)
         for b in range(5):
             for row in ((base[b : b + 1], arm[b : b + 1]), (base[b : b + 1].clone(), arm[b : b + 1].clone())):
-                alone = guided_step(row[0], [row[1]], 0.7, **filters, seed=3 + b, backend=backend)
+                alone = guided_step(row[0], [row[1]], 0.7, **filters, seed=row_seed(3, b), backend=backend)
                 for name, mine, theirs in zip(GuidedStep._fields, alone, together, strict=True):
                     assert torch.equal(mine, theirs[b : b + 1]), (name, b, mine, theirs)
 
@@ -452,12 +476,26 @@ def test_every_seed_and_position_is_read(backend: str) -> None:
 
 
 @pytest.mark.parametrize("s", [0, 41, -3, 2**32 - 2, 2**63 - 2, 2**64 - 2, -(2**63)])
-def test_a_number_seeds_row_b_with_s_plus_b(backend: str, s: int) -> None:
+def test_a_number_seeds_row_b_with_its_step(backend: str, s: int) -> None:
     base = make_logits("flat", (4, 5000))
-    wrapped = [(s + b + 2**63) % 2**64 - 2**63 for b in range(4)]
+    wrapped = [(s + b * SEED_STEP + 2**63) % 2**64 - 2**63 for b in range(4)]
+    assert [row_seed(s, b) for b in range(4)] == wrapped
     expected = guided_step(base, seed=torch.tensor(wrapped), backend=backend)
     assert_same(guided_step(base, seed=s, backend=backend), expected)
     assert_same(guided_step(base, seed=torch.tensor(wrapped[0]), backend=backend), expected)
+
+
+def test_batches_of_neighbouring_seeds_share_no_draw(backend: str) -> None:
+    """Of 50,000 tokens two of 80 are the same by chance once in 16 times; rows of one seed would always be."""
+    base = torch.zeros(8, 50_000)
+    tokens = torch.cat([guided_step(base, seed=s, logprobs=False, backend=backend).token for s in range(10)])
+    assert len(set(tokens.tolist())) >= 78
+
+
+@pytest.mark.parametrize("seed, row, error", [(2**64, 0, ValueError), (0, -1, ValueError), (1.0, 0, TypeError)])
+def test_row_seed_refuses(seed: Any, row: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=f"^{'row' if row else 'seed'}: expected an .+, got "):
+        row_seed(seed, row)
 
 
 @pytest.mark.parametrize("name", ["seed", "position"])
@@ -534,6 +572,67 @@ def test_minus_infinity(backend: str, weight: float, temperature: float, who: st
     else:
         assert result.token.item() == 1 and result.logprob.item() == 0 and own.item() == 0
     torch.testing.assert_close(whole.exp(), torch.full((1, 4), 0.25) if weight == 0 else torch.eye(4)[1:2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [5, 2048])
+def test_the_lowest_number_is_minus_infinity(backend: str, vocab: int, dtype: torch.dtype) -> None:
+    """Rule 1, whatever becomes of the sum: base and ARM overflow, or cancel; either alone; not in use."""
+    masked = torch.arange(vocab) % 3 == 1
+
+    def blocked(x: Tensor, number: float) -> Tensor:
+        return torch.where(masked, number, x).to(dtype)
+
+    base, arm = (make_logits("normal", (3, vocab), dtype, seed=i) for i in range(2))
+    ways = [({}, {}), ({"temperature": 0.0}, {"temperature": 0.5}), ({"top_k": 3, "top_p": 0.9, "seed": 2}, {})]
+    for weight in (1.0, -1.0, 0.5, -0.01):
+        for who in ((0, 1), (0,), (1,)):
+            low, none = (
+                [blocked(x, number) if i in who else x for i, x in enumerate((base, arm))]
+                for number in (LOWEST[dtype], -INF)
+            )
+            for step, whole in ways:
+                got, expected = (guided_step(x[0], x[1:], weight, **step, backend=backend) for x in (low, none))
+                assert expected.status.tolist() == [DRAWN] * 3 and not masked[expected.token].any()
+                assert_same(got, expected)
+                whole_got, whole_expected = (
+                    guided_log_softmax(x[0], x[1:], weight, **whole, backend=backend) for x in (low, none)
+                )
+                assert (whole_got[:, masked] == -INF).all() and torch.equal(whole_got, whole_expected)
+    unused = guided_step(base, [blocked(arm, LOWEST[dtype])], 0.0, seed=1, backend=backend)
+    plain = guided_step(base, [arm], 0.0, seed=1, backend=backend)
+    assert all(map(torch.equal, unused[:5], plain[:5]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_number_above_the_lowest_is_one_like_others(backend: str, dtype: torch.dtype) -> None:
+    lowest = torch.tensor(LOWEST[dtype]).to(dtype)
+    assert lowest == torch.finfo(dtype).min
+    above = torch.nextafter(lowest, torch.zeros_like(lowest))
+    for vocab in (5, 1024):
+        rows = torch.stack([lowest.expand(vocab), above.expand(vocab)])
+        result = guided_step(rows, weights=(), backend=backend)
+        assert result.status.tolist() == [NO_ALLOWED_TOKEN, DRAWN] and result.kept.tolist() == [0, vocab]
+        own = guided_step(torch.zeros_like(rows), [rows], 0.0, backend=backend).arm_logprobs
+        torch.testing.assert_close(own, torch.full((2, 1), -math.log(vocab)))
+
+
+@pytest.mark.parametrize("vocab", [5, 2048])
+def test_sums_beyond_float32(backend: str, vocab: int) -> None:
+    """Rules 1 and 2: below its range a token is not allowed, above it the row is bad; also on the way to the sum."""
+    base, arm = torch.zeros(4, vocab), torch.zeros(4, vocab)
+    base[0, 1:] = -3e38  # below
+    base[1, 1:], arm[1, 1:] = -3e38, 3e38  # below before the ARM is added
+    base[2] = -3e38  # all of them
+    base[3, 2] = 3e38  # above
+    case = dict(arm_logits=[arm], base_weight=2.0, weights=1.0)
+    result, whole = (call(base, **case, backend=backend) for call in (guided_step, guided_log_softmax))
+    assert result.status.tolist() == [DRAWN, DRAWN, NO_ALLOWED_TOKEN, BAD_ROW]
+    assert result.token.tolist() == [0, 0, -1, -1] and result.kept.tolist() == [1, 1, 0, 0]
+    assert result.logprob[:2].tolist() == [0, 0] and (whole[:2, 0] == 0).all() and (whole[:3, 1:] == -INF).all()
+    assert whole[3].isnan().all()
+    arm[3, 2] = -INF  # and not allowed
+    assert guided_step(base, **case, backend=backend).status.tolist()[3] == DRAWN
 
 
 @pytest.mark.parametrize("poison", [NAN, INF])
@@ -828,6 +927,40 @@ def test_global_random_state(backend: str) -> None:
     assert_same(guided_step(x, seed=1, top_p=0.9, backend=backend), one)
 
 
+@pytest.fixture
+def flushing() -> Iterator[None]:
+    """Torch's switch, on this thread."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this machine's floating-point numbers have no such mode")
+    yield
+    torch.set_flush_denormal(False)
+
+
+def test_flushed_denormal_numbers(backend: str, flushing: None) -> None:
+    """Rule 6: a call does not depend on the thread's mode, in which it leaves the thread."""
+    tiny = [1e-40, 3e-40, 2e-40]
+    torch.set_flush_denormal(False)
+    x = torch.tensor([tiny]).repeat(20, 1)
+    calls: list[dict[str, Any]] = [
+        dict(temperature=0),
+        dict(temperature=1e-40),
+        dict(temperature=torch.tensor(1e-40, dtype=torch.float64)),
+        dict(min_p=torch.tensor([1e-40] * 20)),
+        dict(arm_logits=[torch.full_like(x, 1e38)], weights=torch.tensor([1e-44], dtype=torch.float64)),
+        dict(base_weight=1e-42),
+    ]
+    wholes = [{k: v for k, v in call.items() if k != "min_p"} for call in calls[1:]]
+    steps = [guided_step(x, **call, backend=backend) for call in calls]
+    distributions = [guided_log_softmax(x, **call, backend=backend) for call in wholes]
+    torch.set_flush_denormal(True)
+    for call, expected in zip(calls, steps, strict=True):
+        assert all(map(torch.equal, guided_step(x, **call, backend=backend), expected)), call
+    for call, expected in zip(wholes, distributions, strict=True):
+        assert torch.equal(guided_log_softmax(x, **call, backend=backend), expected), call
+    if x.is_cpu:
+        assert (x * 1 == 0).all(), "the mode is another one now"
+
+
 def test_arguments_are_left_as_they_were(backend: str) -> None:
     case = random_case(33, exact=True)
     tensors = [
@@ -990,6 +1123,43 @@ def test_precision(backend: str, dtype: torch.dtype, kind: str, shift: float) ->
     assert (result.kept >= 7).all()
     for b, kept in enumerate(result.kept.tolist()):  # more than 7 where tokens are equal
         assert (result.log_mass[b] - truths[0][b].topk(kept).values.logsumexp(0)).abs() <= bounds[0][b]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [1, 7, 2048])
+def test_a_certain_token(backend: str, vocab: int, dtype: torch.dtype) -> None:
+    """Rule 7: of log-probability 0, exactly, wherever its logit lies and whatever is done with it."""
+    rows = 12
+    x = torch.full((rows, vocab), -3e4, dtype=dtype)
+    token = torch.arange(rows) * 37 % vocab
+    top = make_logits("normal", (rows,), dtype) * 40
+    x[torch.arange(rows), token] = top
+    for parameters in ({}, {"temperature": 0.0}, {"temperature": 0.3, "weights": -0.07}, {"top_p": 0.5, "min_p": 0.1}):
+        result = guided_step(x, [x], **parameters, backend=backend)
+        assert torch.equal(result.token, token)
+        assert not any(field.any() for field in (result.logprob, result.log_mass, result.base_logprob))
+        assert not result.arm_logprobs.any()
+    whole = guided_log_softmax(x, [x], 0.13, temperature=0.7, backend=backend)
+    assert not whole[torch.arange(rows), token].any()
+    alone = bitmask([[v] for v in token.tolist()], -(-vocab // 32))
+    flat = make_logits("normal", (rows, vocab), dtype)
+    assert not guided_step(flat, temperature=0.9, token_mask=alone, backend=backend).logprob.any()
+
+
+@pytest.mark.parametrize("vocab", [300, 2048])
+def test_no_log_probability_is_above_zero(backend: str, vocab: int) -> None:
+    """Where rounding could bring it there: tokens that have nearly all of the mass."""
+    gap = torch.linspace(8, 24, 64)[:, None]
+    x = make_logits("flat", (64, vocab)) - gap
+    x[:, 5] = make_logits("normal", (64,))
+    result = guided_step(x, [x * 0.9], 0.01, temperature=0.99, top_k=3, seed=1, backend=backend)
+    whole = guided_log_softmax(x, [x], 0.01, temperature=0.99, backend=backend)
+    assert all((field <= 0).all() for field in (*result[1:3], *result[4:6], whole))
+    certain = guided_step(x, [x * 0.9], 0.01, temperature=0.99, top_k=1, backend=backend)
+    assert certain.kept.tolist() == [1] * 64 and torch.equal(certain.log_mass, certain.logprob)
+    truth = x.double().log_softmax(1)
+    limit = 2 * (x.log_softmax(1) - truth).abs().amax(1) + 1e-6
+    assert ((result.base_logprob - truth.gather(1, result.token[:, None])[:, 0]).abs() <= limit).all()
 
 
 @pytest.mark.parametrize("top", [10.0, 20.0, 40.0, 80.0])
@@ -1222,8 +1392,8 @@ def test_differences_beyond_float32(backend: str) -> None:
     assert abs(result.token.float().mean().item() - p) < 1.4 / rows**0.5  # 4 deviations
     torch.testing.assert_close(result.logprob.exp(), torch.where(result.token == 1, p, 1 - p).float())
     torch.testing.assert_close(guided_log_softmax(x[:1], **hot).exp(), torch.tensor([[1 - p, p]]))
-    lowest = torch.tensor([[0.0, torch.finfo(torch.float32).min]])
-    assert guided_step(lowest, min_p=0.1, **hot).kept.item() == 2
+    low = torch.tensor([[0.0, -3.40282e38]])
+    assert low[0, 1] > LOWEST[torch.float32] and guided_step(low, min_p=0.1, **hot).kept.item() == 2
 
 
 # --- Operators --------------------------------------------------------------------------------------------------------

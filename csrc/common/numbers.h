@@ -29,6 +29,14 @@ struct Float16 {
   uint16_t bits;
 };
 
+// The lowest finite number of a type. Many models write it where a token is not allowed: it is taken for -inf.
+template <class T>
+constexpr float kLowest = -kMaxFloat;
+template <>
+inline constexpr float kLowest<BFloat16> = -0x1.FEp127f;
+template <>
+inline constexpr float kLowest<Float16> = -65504.0f;
+
 GENARM_HD uint32_t bits_of(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
@@ -90,6 +98,10 @@ struct Partial {
   double sum;
   double reference;
 };
+
+// What is said of a sum of powers as a log-probability. Sums in float32 are off by up to 6e-7, and cannot tell what is
+// nearer to 0 than that, or above it, from 0.
+GENARM_HD double log_probability(double x) { return x > -6e-7 ? 0 : x; }
 
 // Adds up partials in the order in which they come.
 struct PartialSum {

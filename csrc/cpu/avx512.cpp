@@ -50,6 +50,7 @@ inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 inline F div(F a, F b) { return _mm512_div_ps(a, b); }
 inline F fma_of(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 inline F max_of(F a, F b) { return _mm512_max_ps(a, b); }
+inline F min_of(F a, F b) { return _mm512_min_ps(a, b); }
 
 inline M less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 inline M at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }

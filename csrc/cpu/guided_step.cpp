@@ -3,10 +3,8 @@
 #include <cstdlib>
 
 #include "common/check.h"
+#include "cpu/float_mode.h"
 #include "cpu/row_kernel.h"
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
 
 namespace genarm {
 
@@ -27,28 +25,6 @@ namespace {
 
 // A share of work that is worth waking a thread for: about 4 microseconds.
 constexpr int64_t kTilesPerTask = 8;
-
-// Denormal numbers count, whatever mode the host has put its threads in.
-class DenormalsOn {
-#if defined(__SSE2__)
- public:
-  DenormalsOn() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ & ~0x8040u); }
-  ~DenormalsOn() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#elif defined(__aarch64__) && defined(__GNUC__)
- public:
-  DenormalsOn() {
-    __asm__ volatile("mrs %0, fpcr" : "=r"(saved_));
-    __asm__ volatile("msr fpcr, %0" : : "r"(saved_ & ~(uint64_t{1} << 24)));
-  }
-  ~DenormalsOn() { __asm__ volatile("msr fpcr, %0" : : "r"(saved_)); }
-
- private:
-  uint64_t saved_;
-#endif
-};
 
 // Hands out a block of memory in aligned pieces; without a block it measures.
 class Arena {
@@ -231,7 +207,7 @@ double own_logprob(const genarm_guided_step_args& args, const Row& row, int oper
       logit = to_float(static_cast<const Float16*>(x)[token]);
       break;
   }
-  return -sum.log_from(logit, kLog2E);
+  return log_probability(-sum.log_from(logit, kLog2E));
 }
 
 void write(const genarm_guided_step_args& args, int64_t b, const Drawn& drawn, const Row& row) {
@@ -252,7 +228,7 @@ void write(const genarm_guided_step_args& args, int64_t b, const Drawn& drawn, c
 template <class Task>
 void run(const genarm_executor& executor, int count, Task& task) {
   const auto call = [](void* data, int index) {
-    [[maybe_unused]] const DenormalsOn mode;
+    const DefaultFloatMode mode;
     (*static_cast<Task*>(data))(index);
   };
   if (count == 1) {
@@ -286,7 +262,7 @@ void for_each_row(const genarm_inputs& in, const Needs& needs, void* block, Each
     for (int64_t b; (b = next.fetch_add(1, std::memory_order_relaxed)) < plan.whole;) each_row(b, row, 1);
   };
   if (plan.whole > 0) run(in.executor, plan.row_tasks, whole_rows);
-  [[maybe_unused]] const DenormalsOn mode;
+  const DefaultFloatMode mode;
   Row row = row_of(0);
   for (int64_t b = plan.whole; b < in.rows; ++b) each_row(b, row, plan.tile_tasks);
 }
@@ -299,7 +275,7 @@ using genarm::fail;
 genarm_result genarm_guided_step_workspace(const genarm_guided_step_args* args, size_t* bytes, genarm_error* error) {
   if (!args || !bytes) return fail(error, GENARM_INVALID_ARGUMENT, "args and bytes: expected pointers, got NULL");
   const genarm_result result = genarm::check_call(*args, error);
-  [[maybe_unused]] const genarm::DenormalsOn mode;
+  const genarm::DefaultFloatMode mode;
   if (result == GENARM_OK) *bytes = genarm::workspace_size(args->in, genarm::needs_of(*args));
   return result;
 }
@@ -309,7 +285,7 @@ genarm_result genarm_guided_step(const genarm_guided_step_args* args, genarm_err
   if (!args) return fail(error, GENARM_INVALID_ARGUMENT, "args: expected a pointer, got NULL");
   const genarm_result result = check_call(*args, error);
   if (result != GENARM_OK || args->in.rows == 0) return result;
-  [[maybe_unused]] const DenormalsOn mode;
+  const DefaultFloatMode mode;
   const Needs needs = needs_of(*args);
   const size_t size = workspace_size(args->in, needs);
   if (args->in.workspace && args->in.workspace_size < size) {
@@ -369,9 +345,9 @@ genarm_result genarm_guided_log_softmax(const genarm_guided_log_softmax_args* ar
       for (int64_t v = 0; v < args->in.vocab_size; ++v) out[v] = fill;
       return;
     }
-    const double log_mass = totals.mass.log_from(totals.top, row.scale);
+    const double log_largest = log_probability(-totals.mass.log_from(totals.top, row.scale));
     auto task = [&](int index) {
-      kernels.normalise(row, totals.top, log_mass, row.tiles * index / tasks, row.tiles * (index + 1) / tasks);
+      kernels.normalise(row, totals.top, log_largest, row.tiles * index / tasks, row.tiles * (index + 1) / tasks);
     };
     run(args->in.executor, tasks, task);
   });

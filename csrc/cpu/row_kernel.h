@@ -85,8 +85,8 @@ struct RowKernels {
   void (*read_tiles)(const Row& row, int64_t first, int64_t last);
   // Pass 2: from the tiles' summaries to the token.
   Drawn (*draw)(const Row& row);
-  // log p of tiles [first, last) in place: row.z holds z on entry.
-  void (*normalise)(const Row& row, float top, double log_mass, int64_t first, int64_t last);
+  // log p of tiles [first, last) in place: row.z holds z on entry. `log_largest` is that of the largest z, `top`.
+  void (*normalise)(const Row& row, float top, double log_largest, int64_t first, int64_t last);
   // y += up (down x), for a row.
   void (*add_low_rank)(const LowRank& part, int64_t row);
 };

@@ -163,15 +163,15 @@ __device__ void draw(const Row& r) {
   if (lane_of_thread() == 0) {
     const double top = all.top, temperature = r.greedy() ? 1 : r.temperature();
     const double log_sum = log(all.sum) + (all.reference - top * r.scale) * kLn2;
-    const double logprob = (drawn_z - top) / temperature - log_sum;
+    const double logprob = log_probability((drawn_z - top) / temperature - log_sum);
     const double log_mass = kept < r.mine.allowed && kept_mass < all.sum ? log(kept_mass / all.sum) : 0;
     a.logprob[r.row] = static_cast<float>(logprob);
-    a.log_mass[r.row] = static_cast<float>(r.greedy() ? logprob : log_mass);
+    a.log_mass[r.row] = static_cast<float>(kept == 1 ? logprob : fmax(log_mass, logprob));
   }
   for (int i = lane_of_thread(); i < a.operands; i += kWarp) {
     const Total& own = r.mine.total[1 + i];
     const double x = to_float(operand_row<typename Row::Element>(a, r.row, i)[token]);
-    const double logprob = (x * kLog2E - own.reference) * kLn2 - log(own.sum);
+    const double logprob = log_probability((x * kLog2E - own.reference) * kLn2 - log(own.sum));
     const float result = own.sum < kInfinity ? static_cast<float>(logprob) : NAN;
     *(i == 0 ? a.base_logprob + r.row : a.arm_logprobs + int64_t{r.row} * (a.operands - 1) + i - 1) = result;
   }
@@ -183,7 +183,7 @@ __device__ void write_whole(const Row& r) {
   const int status = r.lead.status;
   const Total all = r.lead.total[0];
   const double rate = 1 / static_cast<double>(r.temperature()), top = all.top;
-  const double log_sum = log(all.sum) + (all.reference - top * r.scale) * kLn2;
+  const double log_largest = log_probability((top * r.scale - all.reference) * kLn2 - log(all.sum));
   float* out = r.a.whole + int64_t{r.row} * r.a.whole_stride;
   for (int tile = r.first + warp_of_thread(); tile < r.last; tile += kWarps) {
     float z[kPerLane];
@@ -191,7 +191,7 @@ __device__ void write_whole(const Row& r) {
 #pragma unroll
     for (int e = 0; e < kPerLane; ++e) {
       const int64_t v = static_cast<int64_t>(tile) * kTile + offset_of(e);
-      float logp = z[e] == -kInfinity ? -kInfinity : static_cast<float>((z[e] - top) * rate - log_sum);
+      float logp = z[e] == -kInfinity ? -kInfinity : static_cast<float>((z[e] - top) * rate + log_largest);
       if (status != GENARM_DRAWN) logp = status == GENARM_BAD_ROW ? NAN : -kInfinity;
       if (v < r.a.vocab) out[v] = logp;
     }

@@ -101,8 +101,7 @@ struct Row {
         z[4 * i] = four.x, z[4 * i + 1] = four.y, z[4 * i + 2] = four.z, z[4 * i + 3] = four.w;
       }
     } else {
-      combine<T, false, false>(a, row, tile, z, board);
-      allow<T>(a, row, tile, z);
+      allow<T>(a, row, tile, combine<T, false, false>(a, row, tile, z, board), z);
     }
   }
   // Calls visit(tile, z) for this block's tiles that hold a z of at least `low`, a warp each.

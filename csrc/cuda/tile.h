@@ -7,7 +7,6 @@
 
 #include <type_traits>
 
-#include "common/combine.h"
 #include "cuda/board.h"
 
 namespace genarm {
@@ -92,21 +91,29 @@ __device__ float largest_of(const Values& x, int elements) {
 // z of a tile's tokens, the operands in their order. kPairs: two are on their way at once. kOwn: with log-probabilities
 // each operand's own sum of exponentials goes to the board. Its reference is the largest of a quarter of the tokens,
 // which spares the search for the largest of all but where that is far above: an exponent of 14 is rounded by 5e-7.
+// Returns the least of the lane's logits that have a share in z.
 template <class T, bool kPairs, bool kOwn>
-__device__ void combine(const Arguments& a, int64_t row, int tile, float (&z)[kPerLane], const Board& board) {
+__device__ float combine(const Arguments& a, int64_t row, int tile, float (&z)[kPerLane], const Board& board) {
 #pragma unroll
   for (int e = 0; e < kPerLane; ++e) z[e] = 0;
+  float least = 0;
   // In a loop of its own with and without a share in z: a predicate would cost a move a token.
   const auto add = [&](float weight, const Logits<T>& x) {
     if (weight == 0) return;
 #pragma unroll
-    for (int e = 0; e < kPerLane; ++e) z[e] = fmaf(weight, x[e], z[e]);
+    for (int e = 0; e < kPerLane; ++e) {
+      z[e] = fmaf(weight, x[e], z[e]);
+      least = fminf(least, x[e]);
+    }
   };
   const auto add_and_sum = [&](auto share, float weight, const Logits<T>& x, float reference) {
     SumOfTile own;
 #pragma unroll
     for (int e = 0; e < kPerLane; ++e) {
-      if (decltype(share)::value) z[e] = fmaf(weight, x[e], z[e]);
+      if (decltype(share)::value) {
+        z[e] = fmaf(weight, x[e], z[e]);
+        least = fminf(least, x[e]);
+      }
       own.add(e, power_near(x[e], reference, kLog2E));
     }
     return own.of_warp();
@@ -134,6 +141,7 @@ __device__ void combine(const Arguments& a, int64_t row, int tile, float (&z)[kP
     use(i, first);
     if (both) use(i + 1, second);
   }
+  return least;
 }
 
 // Which of the lane's tokens the vocabulary and the mask allow, a bit each.
@@ -159,15 +167,16 @@ __device__ inline uint32_t may_be_drawn(const Arguments& a, int64_t row, int til
   return may;
 }
 
-// Makes z -inf where a token is not allowed. How many of the tile's are; -1: one spoils the row.
+// Makes z, which `combine` has made with the least logit, -inf where a token is not allowed. How many of the tile's
+// are; -1: one spoils the row.
 template <class T>
-__device__ int allow(const Arguments& a, int64_t row, int tile, float (&z)[kPerLane]) {
+__device__ int allow(const Arguments& a, int64_t row, int tile, float least, float (&z)[kPerLane]) {
   uint32_t may = may_be_drawn(a, row, tile), bad = 0;
-  // An operand in use that is not finite makes z not finite, and few tiles hold one.
+  // An operand in use that is not finite makes z not finite, and few tiles hold one, or a lowest number.
   float not_finite = 0;
 #pragma unroll
   for (int e = 0; e < kPerLane; ++e) not_finite = fmaf(z[e], 0.0f, not_finite);
-  if (__any_sync(kWholeWarp, not_finite != 0)) {
+  if (__any_sync(kWholeWarp, not_finite != 0 || least <= kLowest<T>)) {
     uint32_t blocked = 0;
     for (int i = 0; i < a.operands; ++i) {
       if (a.weight(row, i) == 0) continue;
@@ -175,12 +184,15 @@ __device__ int allow(const Arguments& a, int64_t row, int tile, float (&z)[kPerL
       x.load(operand_row<T>(a, row, i), tile, a.vocab);
 #pragma unroll
       for (int e = 0; e < kPerLane; ++e) {
-        blocked |= (x[e] == -kInfinity ? 1u : 0u) << e;
+        blocked |= (x[e] <= kLowest<T> ? 1u : 0u) << e;
         bad |= (x[e] < kInfinity ? 0u : 1u) << e;
       }
     }
 #pragma unroll
-    for (int e = 0; e < kPerLane; ++e) bad |= (fabsf(z[e]) < kInfinity ? 0u : ~blocked >> e & 1u) << e;
+    for (int e = 0; e < kPerLane; ++e) {
+      blocked |= (z[e] == -kInfinity ? 1u : 0u) << e;
+      bad |= (z[e] < kInfinity ? 0u : ~blocked >> e & 1u) << e;
+    }
     bad &= may;
     may &= ~blocked;
   }
@@ -203,8 +215,8 @@ __device__ void summarise_tile(const Arguments& a, int64_t row, float scale, int
                                float* top_kept) {
   const int lane = lane_of_thread();
   float z[kPerLane];
-  combine<T, sizeof(T) == 2, true>(a, row, tile, z, board);
-  const int allowed = allow<T>(a, row, tile, z);
+  const float least = combine<T, sizeof(T) == 2, true>(a, row, tile, z, board);
+  const int allowed = allow<T>(a, row, tile, least, z);
   float top = -kInfinity;
 #pragma unroll
   for (int e = 0; e < kPerLane; ++e) top = fmaxf(top, z[e]);

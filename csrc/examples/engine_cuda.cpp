@@ -76,7 +76,7 @@ int main(int argc, char** argv) {
   args.top_p = {&o.top_p, 0};
   args.min_p = {&o.min_p, 0};
   args.seed = {&o.seed, 0};
-  args.seed_step = 1;
+  args.seed_step = GENARM_SEED_STEP;
   args.position = {&position, 0};  // a captured graph takes device memory here, one position a row
   args.token = token.data();
   args.kept = kept.data();

@@ -3,7 +3,8 @@
 //   engine [--sequences N] [--tokens N] [--vocab N] [--threads N] [--seed N] [--weight X] [--temperature X]
 //          [--top-k N] [--top-p X] [--min-p X]
 //
-// Prints one line of token ids a sequence. Sequence b draws with seed + b, so that it is the same in any batch.
+// Prints one line of token ids a sequence. Sequence b draws with seed + b * GENARM_SEED_STEP, so that it is the same
+// in any batch.
 #ifndef TOY_H_
 #define TOY_H_
 

@@ -6,7 +6,8 @@
 //
 // Thread-safe: no call leaves state behind but in the objects handed to it. Nothing is allocated when a workspace is
 // given. A parameter of the rows is a pointer and a stride in elements: `data[row * stride]`; stride 0 is one value for
-// every row. Strides may be negative. Outputs are contiguous.
+// every row. Strides may be negative. Outputs are contiguous. Work on a CPU is done in the default floating-point mode;
+// threads have their own back afterwards.
 #ifndef GENARM_KERNELS_H_
 #define GENARM_KERNELS_H_
 
@@ -43,6 +44,10 @@ typedef enum {
   GENARM_UNSUPPORTED = 3,  // the instruction set asked for is not this machine's
   GENARM_CUDA_ERROR = 4,   // the CUDA runtime's, in its words (genarm_kernels_cuda.h)
 } genarm_result;
+
+// What lies between the seeds of a call's rows where one number seeds them all: 2^64 divided by the golden ratio. Calls
+// with seeds 0, 1, 2, ... have no row's seed in common, as a step of 1 would give them.
+#define GENARM_SEED_STEP ((int64_t)0x9E3779B97F4A7C15u)
 
 // Filled when a call does not return GENARM_OK; pass NULL to do without the words.
 typedef struct {
@@ -113,11 +118,11 @@ typedef struct {
 
 typedef struct {
   genarm_inputs in;
-  genarm_ints top_k;    // <= 0 or >= V: off
-  genarm_floats top_p;  // 1: off
-  genarm_floats min_p;  // 0: off
-  genarm_ints seed;     // 64 bits; row b draws with data[b * stride] + b * seed_step (wrapping)
-  int64_t seed_step;
+  genarm_ints top_k;     // <= 0 or >= V: off
+  genarm_floats top_p;   // 1: off
+  genarm_floats min_p;   // 0: off
+  genarm_ints seed;      // 64 bits; row b draws with data[b * stride] + b * seed_step (wrapping)
+  int64_t seed_step;     // of one seed for all rows: GENARM_SEED_STEP
   genarm_ints position;  // 64 bits: the index of the token being drawn; the caller advances it
   // Outputs. The four float fields are all given or all NULL (which spares their cost).
   int64_t* token;       // [B], -1 where none was drawn

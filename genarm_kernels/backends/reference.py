@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import reference, rng
 
 
 def why_unavailable() -> None:
@@ -36,7 +36,7 @@ def guided_step(
     in_tensors = (top_k_rows, top_p_rows, min_p_rows)
     filtered = any(rows is not None for rows in in_tensors) or top_k > 0 or top_p < 1 or min_p > 0
     if seed_rows is None:
-        seed_rows = seed + torch.arange(base_logits.shape[0], device=base_logits.device)
+        seed_rows = rng.row_seeds(seed, base_logits.shape[0], base_logits.device)
     return reference.guided_step(
         base_logits,
         arm_logits,

@@ -123,7 +123,9 @@ def generate(
     top_k: Annotated[int, _sampling(min=0, help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
     top_p: Annotated[float, _sampling(min=0, max=1, help="Keep the likeliest tokens of this mass.")] = 1.0,
     min_p: Annotated[float, _sampling(min=0, max=1, help="Keep tokens of this share of the likeliest's p.")] = 0.0,
-    seed: Annotated[int, _sampling(help="Prompt i, counted from 0, is drawn with seed + i.")] = 0,
+    seed: Annotated[
+        int, _sampling(help="Every prompt gets a seed of its own from it; the same one draws the same.")
+    ] = 0,
     stop: Annotated[list[str] | None, _sampling(metavar="TEXT", help="End where this appears. Repeatable.")] = None,
     batch_size: Annotated[int, _sampling(min=1, help="Prompts decoded together; changes the speed alone.")] = 16,
     compare: Annotated[bool, _output("--compare", help="Unguided and guided side by side.")] = False,
@@ -172,7 +174,7 @@ def generate(
     if out:
         settings["identity"] = _identities(base, arms, tokenizer)
     rows: list[dict[str, Any]] = [
-        {"weights": {**weights, **one.weights}, "seed": seed + i} for i, one in enumerate(work)
+        {"weights": {**weights, **one.weights}, "seed": _seed(seed, i)} for i, one in enumerate(work)
     ]
     known = [
         {"index": i, **one.record(), **row, "settings": settings}
@@ -480,6 +482,16 @@ def _load(
         dtype=dtype,
         backend=backend,
     )
+
+
+def _seed(seed: int, prompt: int) -> int:
+    """The prompt's own, as one number given to the decoder seeds them."""
+    from genarm_kernels import row_seed
+
+    try:
+        return row_seed(seed, prompt)
+    except ValueError as error:
+        raise GenarmError(f"--{error}") from None
 
 
 def _content(prompt: Prompt, chat: bool) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from genarm_kernels import backends, validation
+from genarm_kernels import backends, row_seed, validation
 
 from . import adapters, loading, transformers_api
 from .batching import Row, Run
@@ -242,7 +242,8 @@ class GuidedDecoder:
             weights: by ARM, a number or one a prompt; or a mapping a prompt. An ARM left out has weight 0; None gives
                 every ARM weight 1. See `guided_step` for what weights mean.
             max_new_tokens, temperature, top_k, top_p, min_p: a number or one a prompt, as `guided_step` has them.
-            seed: a number s gives prompt b the seed s + b; or one a prompt. Position is the index in the continuation.
+            seed: a number s gives prompt b the seed `genarm_kernels.row_seed(s, b)`; or one a prompt. Position is the
+                index in the continuation.
             stop: strings that end a continuation, wherever tokens begin and end. They may name special tokens, such as
                 "<|im_end|>\\n", though `texts` are without these.
             batch_size: prompts decoded at once, at most; a prompt that ends makes room for the next one. Left out, as
@@ -584,13 +585,12 @@ def _ints(name: str, value: Any, rows: int, low: int | None = None) -> list[int]
 
 
 def _seeds(seed: Any, rows: int) -> list[int]:
-    """int64 seeds: a number s gives row b the seed s + b, as in `guided_step`."""
-    seeds = _ints("seed", seed, rows)
-    for s in seeds:
-        if not -(2**63) <= s < 2**64:
-            raise GenarmError(f"seed: expected an integer from -2^63 to 2^64 - 1, got {s}")
-    offsets = range(rows) if isinstance(seed, Integral) else [0] * rows
-    return [(s + offset + 2**63) % 2**64 - 2**63 for s, offset in zip(seeds, offsets, strict=True)]
+    """int64 seeds: one number seeds all rows as in `guided_step`."""
+    one = isinstance(seed, Integral)
+    try:
+        return [row_seed(s, b if one else 0) for b, s in enumerate(_ints("seed", seed, rows))]
+    except ValueError as error:
+        raise GenarmError(str(error)) from None
 
 
 def _list(name: str, value: Any, rows: int) -> list[Any]:

@@ -16,6 +16,7 @@ CANDIDATES = tl.constexpr(8192)  # what a row's buffer holds; more are weighed w
 
 PURPOSE_TILE = tl.constexpr(rng.PURPOSE_TILE)
 PURPOSE_TOKEN = tl.constexpr(rng.PURPOSE_TOKEN)
+SEED_STEP = tl.constexpr(rng.SEED_STEP)
 LOG2E = tl.constexpr(1.4426950216293335)  # as a float32
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
@@ -136,19 +137,33 @@ def load(x_rows, v, inside, FIRST: tl.constexpr, END: tl.constexpr):
 
 
 @triton.jit
+def in_use(x, weight):
+    """An operand's logits in float32, 0 throughout where its weight is."""
+    return tl.where(weight != 0, x.to(tl.float32), 0.0)
+
+
+@triton.jit
+def lowest_of(x):
+    """The lowest finite number of the logits' type, which many models write where a token is not allowed."""
+    LOWEST: tl.constexpr = (
+        -65504.0 if x.dtype == tl.float16 else -3.3895313892515355e38 if x.dtype == tl.bfloat16 else -MAX_FLOAT
+    )
+    return LOWEST
+
+
+@triton.jit
 def combine(logits, weights, may, OPERANDS: tl.constexpr):
     """z, -inf where a token may not be drawn, and which tokens spoil the row; `may`: by the mask and the vocabulary."""
     # Bits rather than truths, which would stand side by side in registers: 1 blocked, 2 spoilt, 4 not to be drawn.
     state = tl.where(may, 0, 4)
     z = tl.zeros(may.shape, tl.float32)
     for i in tl.static_range(OPERANDS):
-        x = tl.where(weights[i] != 0, logits[i].to(tl.float32), 0.0)
+        x = in_use(logits[i], weights[i])
         z = tl.fma(x, weights[i], z)
-        state = tl.where(x == -INF, state | 1, state)
+        state = tl.where(x <= lowest_of(logits[i]), state | 1, state)
         state = tl.where(x < INF, state, state | 2)
-    finite = tl.abs(z) < INF
-    spoils = ((state & 6) == 2) | ((state == 0) & (finite == 0))
-    return tl.where((state == 0) & finite, z, -INF), spoils
+    spoils = ((state & 6) == 2) | ((state == 0) & (z == INF))
+    return tl.where(state == 0, z, -INF), spoils
 
 
 # ---- Sums of 2^(x scale) -------------------------------------------------------------------------------------------
@@ -215,6 +230,14 @@ def merge(workspace, tiles, scale, pairs, OPERANDS: tl.constexpr, ROWS: tl.const
         each = tl.load(at + TILE_SUM * tiles, mask=inside, other=0.0)
         total += tl.sum(relative(each, reference_of(top, scales) - references), 1)
     return tops, total, tl.sum(references, 1), allowed, fewest
+
+
+@triton.jit
+def log_probability(x):
+    """What is said of sums of powers as a log-probability, float64: they are off by up to 6e-7, and cannot tell what is
+    nearer to 0 than that, or above it, from 0.
+    """
+    return tl.where(x > -6e-7, 0.0, x)
 
 
 @triton.jit

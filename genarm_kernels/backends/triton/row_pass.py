@@ -19,6 +19,7 @@ from .common import (
     NAN,
     POSITION,
     SEED,
+    SEED_STEP,
     TEMPERATURE,
     TILE,
     TILE_SUM,
@@ -33,6 +34,7 @@ from .common import (
     groups_of,
     in_mask,
     load,
+    log_probability,
     merge,
     ordered_key,
     parameter,
@@ -465,7 +467,7 @@ def row_pass(
     top_p = parameter(row, numbers[1], row_ptrs, row_strides, given, TOP_P)
     min_p = parameter(row, numbers[2], row_ptrs, row_strides, given, MIN_P)
     top_k = parameter(row, numbers[3], row_ptrs, row_strides, given, TOP_K)
-    seed = parameter(row, numbers[4] + row, row_ptrs, row_strides, given, SEED)
+    seed = parameter(row, numbers[4] + row * SEED_STEP, row_ptrs, row_strides, given, SEED)
     position = parameter(row, numbers[5], row_ptrs, row_strides, given, POSITION)
 
     # 1. The row as a whole.
@@ -546,14 +548,14 @@ def row_pass(
         exact_temperature = tl.where(greedy, 1.0, temperature).to(tl.float64)
         top64 = top.to(tl.float64)
         log_mass_of_row = tl.log(mass) + (reference - top64 * scale.to(tl.float64)) * LN2
-        logprob = (token_z - top64) / exact_temperature - log_mass_of_row
+        logprob = log_probability((token_z - top64) / exact_temperature - log_mass_of_row)
         log_mass = tl.where((kept < allowed) & (kept_mass < mass), tl.log(kept_mass / mass), 0.0)
         tl.store(logprob_ptr + row, logprob.to(tl.float32))
-        tl.store(log_mass_ptr + row, tl.where(greedy, logprob, log_mass).to(tl.float32))
+        tl.store(log_mass_ptr + row, tl.where(kept == 1, logprob, tl.maximum(log_mass, logprob)).to(tl.float32))
         for i in tl.static_range(OPERANDS):
             own_mass = pick(masses, 1 + i)
             x = tl.load(x_rows[i] + token).to(tl.float64)
-            own_logprob = (x * LOG2E - pick(references, 1 + i)) * LN2 - tl.log(own_mass)
+            own_logprob = log_probability((x * LOG2E - pick(references, 1 + i)) * LN2 - tl.log(own_mass))
             own_logprob = tl.where(own_mass < INF, own_logprob, NAN)
             if i == 0:
                 tl.store(base_logprob_ptr + row, own_logprob.to(tl.float32))

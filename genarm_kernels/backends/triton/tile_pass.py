@@ -19,8 +19,10 @@ from .common import (
     finite_or_zero,
     groups_of,
     in_mask,
+    in_use,
     is_near,
     load,
+    lowest_of,
     parameter,
     power,
     power_near,
@@ -159,6 +161,7 @@ def tile_pass(
             for i in tl.static_range(begin, min(begin + TOGETHER, OPERANDS)):
                 x = logits[i - begin].to(tl.float32)
                 z = tl.fma(x, row_weights[i], z)
+                usual = usual & (tl.min(in_use(x, row_weights[i])) > lowest_of(logits[i - begin]))
                 if LOGPROBS:
                     top = tl.max(x)
                     own_tops = own_tops + (top,)

@@ -12,6 +12,7 @@ from .common import (
     combine,
     in_mask,
     load,
+    log_probability,
     merge,
     parameter,
     pick,
@@ -58,7 +59,7 @@ def whole_row_pass(
     row_weights = weights_of(row, weights, row_ptrs, row_strides, given, OPERANDS)
     temperature = parameter(row, numbers[0], row_ptrs, row_strides, given, TEMPERATURE)
 
-    # 1. The row's largest and its log-sum, from the summaries.
+    # 1. The row's largest and its log-probability, from the summaries.
     valid = (temperature > 0) & (temperature < INF)
     for i in tl.static_range(OPERANDS):
         valid = valid & (tl.abs(row_weights[i]) < INF)
@@ -66,7 +67,8 @@ def whole_row_pass(
     tops, masses, references, _allowed, fewest = merge(workspace, tiles, scale, 1, OPERANDS, 1, TILES)
     top = pick(tops, 0)
     spoilt = (fewest < 0) | (valid == 0)
-    log_mass = tl.log(pick(masses, 0)) + (pick(references, 0) - top.to(tl.float64) * scale.to(tl.float64)) * LN2
+    far = pick(references, 0) - top.to(tl.float64) * scale.to(tl.float64)
+    log_largest = log_probability(-tl.log(pick(masses, 0)) - far * LN2)
 
     # 2. log p.
     for tile in range(part * TILES_A_PROGRAM, part * TILES_A_PROGRAM + TILES_A_PROGRAM):
@@ -75,6 +77,6 @@ def whole_row_pass(
         may = inside & in_mask(mask_row, mask_strides[1], masked, v, v)
         z, _ = combine(load(x_rows, v, inside, 0, OPERANDS), row_weights, may, OPERANDS)
         # In halves: the difference of two float32 may be twice the largest.
-        logp = tl.div_rn(z * 0.5 - top * 0.5, temperature) * 2.0 - log_mass.to(tl.float32)
+        logp = tl.div_rn(z * 0.5 - top * 0.5, temperature) * 2.0 + log_largest.to(tl.float32)
         logp = tl.where(spoilt, NAN, tl.where(z == -INF, -INF, logp))
         tl.store(logp_ptr + row * width + v, logp, mask=v < width)
