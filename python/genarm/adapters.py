@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import loading
 from .errors import GenarmError
-from .folders import check_folder
+from .folders import Place, check_folder
 
 # Initialisations of a LoRA that leave the weights of its layers as they are.
 _KEEP_WEIGHTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
@@ -33,16 +33,6 @@ _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _SCORE = ", a classic reward model with a score head"
 
 
-class _Place(NamedTuple):
-    """Where an adapter lies: a folder or hub name, and the subfolder in it, empty where the adapter has none."""
-
-    root: str
-    subfolder: str
-
-    def __str__(self) -> str:
-        return repr(f"{self.root}#{self.subfolder}" if self.subfolder else self.root)
-
-
 def load_arm(
     name: str, source: loading.Source, base: loading.LoadedModel, tokenizer: Any, device: str, dtype: str | torch.dtype
 ) -> loading.LoadedModel:
@@ -53,13 +43,12 @@ def load_arm(
     label = f"ARM {name!r}"
     if isinstance(source, torch.nn.Module):
         return loading.LoadedModel(source, tokenizer or base.tokenizer)
-    root, mark, subfolder = str(source).rpartition("#")
-    place = _Place(root, subfolder) if mark and not Path(source).exists() else _Place(str(source), "")
+    place = Place.of(source)
     loading.check_exists(label, type(source)(place.root))
     file = loading.adapter_config(place.root, place.subfolder)
     if file is None and place.subfolder:
         found = ", ".join(map(repr, loading.named_adapters(place.root)))
-        raise GenarmError(f"{label}: {place.root!r} holds no adapter {subfolder!r}; it holds {found or 'none'}")
+        raise GenarmError(f"{label}: {place.root!r} holds no adapter {place.subfolder!r}; it holds {found or 'none'}")
     if file is None:
         model = loading.load_model(label, place.root, dtype).to(device)
         return loading.LoadedModel(model, tokenizer or loading.arm_tokenizer(label, place.root, base))
@@ -89,7 +78,7 @@ def check_models(base: Any, arms: Mapping[str, Any]) -> None:
             )
 
 
-def _load_adapter(label: str, place: _Place, folder: Path, base: Any) -> Any:
+def _load_adapter(label: str, place: Place, folder: Path, base: Any) -> Any:
     """The PEFT model of an adapter over the weights of `base`, but for those that the adapter writes."""
     try:
         import peft
@@ -145,7 +134,7 @@ def _load_adapter(label: str, place: _Place, folder: Path, base: Any) -> Any:
     return model
 
 
-def _read_config(where: str, place: _Place, folder: Path) -> Any:
+def _read_config(where: str, place: Place, folder: Path) -> Any:
     """The adapter's configuration; GenarmError where it cannot be read, or is of a kind that decoding cannot run."""
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, __version__
 
@@ -190,7 +179,7 @@ def _check_kind(where: str, config: Any) -> None:
         )
 
 
-def _read_weights(where: str, place: _Place, folder: Path, device: torch.device) -> dict[str, Tensor]:
+def _read_weights(where: str, place: Place, folder: Path, device: torch.device) -> dict[str, Tensor]:
     from peft import load_peft_weights
 
     if Path(place.root).is_dir() and not any((folder / name).is_file() for name in _WEIGHTS):

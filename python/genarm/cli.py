@@ -449,6 +449,7 @@ def _identities(base: str | None, arms: Mapping[str, str | None], tokenizer: str
     """What the models are by their content, each by the name that errors call it: a path can be given another model."""
     _quiet()
     from . import bundled
+    from .folders import Place
     from .identity import identity
     from .loading import check_exists
 
@@ -457,9 +458,10 @@ def _identities(base: str | None, arms: Mapping[str, str | None], tokenizer: str
         **{f"ARM {name!r}": bundled.path(name) if folder is None else folder for name, folder in arms.items()},
         **({"tokenizer": tokenizer} if tokenizer else {}),
     }
-    for label, source in sources.items():
-        check_exists(label, source)
-    return {label: identity(source) for label, source in sources.items()}
+    places = {label: Place.of(source) for label, source in sources.items()}
+    for label, place in places.items():
+        check_exists(label, place.root)
+    return {label: identity(place.folder) for label, place in places.items()}
 
 
 def _load(

@@ -1,6 +1,7 @@
-"""Folders of models: the files that a Git checkout may hold in name only."""
+"""Folders of models: how a source names one, and the files in it that a Git checkout may hold in name only."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 from .errors import GenarmError
 
@@ -15,6 +16,27 @@ _FILES = {
     "*.model": "tokenizer.json",
     "*.txt": "tokenizer.json",
 }
+
+
+class Place(NamedTuple):
+    """Where a model or adapter lies: a folder or hub name, and the subfolder in it, empty where there is none."""
+
+    root: str
+    subfolder: str
+
+    @classmethod
+    def of(cls, source: str | Path) -> "Place":
+        """Of "DIR#SUBFOLDER", unless a folder has that very name."""
+        root, mark, subfolder = str(source).rpartition("#")
+        return cls(root, subfolder) if mark and not Path(source).exists() else cls(str(source), "")
+
+    @property
+    def folder(self) -> str | Path:
+        """The folder itself; of what is no folder, the hub name."""
+        return Path(self.root, self.subfolder) if Path(self.root).is_dir() else self.root
+
+    def __str__(self) -> str:
+        return repr(f"{self.root}#{self.subfolder}" if self.subfolder else self.root)
 
 
 def lfs_pointer(path: str | Path) -> bool:
