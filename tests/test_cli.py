@@ -520,6 +520,25 @@ def test_results_of_models_that_have_changed_are_left_alone(genarm: Genarm, tmp_
     assert genarm(line).status == 0
 
 
+def test_an_adapter_in_a_subfolder_is_known_by_its_content(genarm: Genarm, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    def save(seed: int) -> None:
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM.from_pretrained("base")
+        config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+        get_peft_model(model, config, adapter_name="polite").save_pretrained(tmp_path / "arms")
+
+    save(1)
+    line = f"{BASE} --base base --arm kind={tmp_path / 'arms'}#polite --prompts good.jsonl --out out.jsonl"
+    assert genarm(line)[0] == 0
+    whole = Path("out.jsonl").read_bytes()
+    assert genarm(line)[0] == 0 and Path("out.jsonl").read_bytes() == whole
+    save(2)
+    status, _, err = genarm(line)
+    assert (status, "ARM 'kind' has changed" in err) == (2, True)
+
+
 def test_results_that_do_not_say_of_which_models_they_are(genarm: Genarm) -> None:
     """As they were written before."""
     genarm(f"{MODELS} --prompt hello --out out.jsonl")
