@@ -6,13 +6,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from . import data_files, preference_formats
 from .errors import GenarmError
 from .preference_formats import USELESS, UselessRowError
+from .tokens import encode_prompt
 
 OBJECTIVES = ("better", "safer")
 _NO_ACCIDENT = 20  # characters of a prompt with which two responses begin only because they repeat it
@@ -161,8 +161,8 @@ def encode_preferences(
 ) -> tuple[list[dict[str, list[int]]], dict[str, int]]:
     """Tokenise each row to the ids of its prompt and of its two responses, ``max_length`` tokens at most together.
 
-    A string prompt gets the special tokens that the tokenizer opens a text with, but one BOS at most and no EOS; a
-    response ends in one EOS. Chat rows are rendered with the chat template: the response is what the whole
+    A string prompt has the ids that it has in decoding (``tokens.encode_prompt``): one BOS, no EOS; a response ends in
+    one EOS. Chat rows are rendered with the chat template: the response is what the whole
     conversation's rendering adds to that of the prompt, up to its EOS. The prompt's tokens are those of the prompt
     alone, as in decoding, and the response's tokens are those that go on from there.
 
@@ -185,10 +185,9 @@ def encode_preferences(
     pairs = []
     dropped: dict[str, list[str]] = {}
     counts = {"prompts": 0, "prompts_truncated": 0, "responses": 0, "responses_truncated": 0}
-    opening = _opening(tokenizer)
     for row in rows:
         try:
-            prompt, *responses = _encode(row, tokenizer, opening)
+            prompt, *responses = _encode(row, tokenizer)
         except UselessRowError as useless:
             dropped.setdefault(str(useless), []).append(row.where)
             continue
@@ -211,18 +210,17 @@ def encode_preferences(
     return pairs, counts
 
 
-def _encode(row: Preference, tokenizer: Any, opening: list[int]) -> tuple[list[int], list[int], list[int]]:
+def _encode(row: Preference, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
+    special = True
     if isinstance(row.prompt, list) and not (row.question and not tokenizer.chat_template):
         prompt, *responses = _render(row, tokenizer)
-        opening = []  # a chat template has written the special tokens already
+        special = False  # a chat template has written the special tokens already
     elif isinstance(row.prompt, list):
         prompt, *responses = ("\n\n".join(turn["content"] for turn in part) for part in _parts(row))
     else:
         prompt, *responses = _parts(row)
     texts = [prompt, *(prompt + response for response in responses)]
-    # verbose: we truncate, so no warning of long sequences.
-    bare = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    prompt_ids, *whole_ids = [_one_bos([*opening, *ids], tokenizer) for ids in bare]
+    prompt_ids, *whole_ids = [encode_prompt(tokenizer, text, special) for text in texts]
     if not prompt_ids:
         raise GenarmError(f"{row.where}: prompt has no tokens")
     chosen, rejected = (
@@ -234,18 +232,6 @@ def _encode(row: Preference, tokenizer: Any, opening: list[int]) -> tuple[list[i
 
 def _parts(row: Preference) -> tuple[Any, Any, Any]:
     return row.prompt, row.chosen, row.rejected
-
-
-def _opening(tokenizer: Any) -> list[int]:
-    """The special tokens that the tokenizer puts before a text, without those that it puts behind."""
-    bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    return whole[: next(i for i in range(len(whole) + 1) if whole[i : i + len(bare)] == bare)]
-
-
-def _one_bos(ids: list[int], tokenizer: Any) -> list[int]:
-    """A prompt may begin with the text of BOS, as prompts rendered beforehand do."""
-    extra = len(list(takewhile(lambda token: token == tokenizer.bos_token_id, ids))) - 1
-    return ids[max(0, extra) :]
 
 
 def _continuation(prompt: list[int], whole: list[int], response: str, tokenizer: Any) -> list[int]:
