@@ -26,8 +26,7 @@ class GuidedStep(NamedTuple):
     arm_logprobs: Tensor | None
     """`[B, N]` float32, nats: each ARM's own log-softmax at the token: the token-level rewards."""
     status: Tensor
-    """`[B]` int32: 0 drawn; 1 an operand held NaN or +inf (or z, or a parameter, is out of range); 2 no token allowed.
-    """
+    """`[B]` int32: 0 drawn; 1 an operand held NaN or +inf (or a parameter or z is out of range); 2 no allowed token."""
 
     def raise_for_status(self) -> None:
         """One ValueError that names the rows which drew no token, and why. Waits for the device."""

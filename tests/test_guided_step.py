@@ -940,14 +940,14 @@ def test_flushed_denormal_numbers(backend: str, flushing: None) -> None:
     """Rule 6: a call does not depend on the thread's mode, in which it leaves the thread."""
     tiny = [1e-40, 3e-40, 2e-40]
     torch.set_flush_denormal(False)
-    x = torch.tensor([tiny]).repeat(20, 1)
+    x, large = (torch.tensor([row]).repeat(20, 1) for row in (tiny, [0.0, 1e38, 3e38]))
     calls: list[dict[str, Any]] = [
         dict(temperature=0),
         dict(temperature=1e-40),
         dict(temperature=torch.tensor(1e-40, dtype=torch.float64)),
         dict(min_p=torch.tensor([1e-40] * 20)),
-        dict(arm_logits=[torch.full_like(x, 1e38)], weights=torch.tensor([1e-44], dtype=torch.float64)),
-        dict(base_weight=1e-42),
+        dict(arm_logits=[large], weights=torch.tensor([5e-39], dtype=torch.float64)),
+        dict(arm_logits=[large], weights=-5e-39),
     ]
     wholes = [{k: v for k, v in call.items() if k != "min_p"} for call in calls[1:]]
     steps = [guided_step(x, **call, backend=backend) for call in calls]
