@@ -219,6 +219,8 @@ ERRORS = {
     "train --base base --data good.jsonl": "Missing option '--out'; see genarm train --help\n",
     "train --base base --data nowhere.jsonl --out out": "nowhere.jsonl: cannot be read",
     "train --base base --data good.jsonl --out out --beta=-1": "beta must be a positive number",
+    "train --base base --data good.jsonl --out out --objective nicer": "objective: expected 'better' or 'safer', got",
+    "train --base base --data good.jsonl --out out": "good.jsonl:1: columns of no known format: prompt; expected",
 }
 
 
@@ -628,6 +630,19 @@ def test_train_then_generate(genarm: Genarm, tmp_path: Path, recwarn: pytest.War
     assert not [warning for warning in recwarn if warning.category is FutureWarning]
     status, out, err = genarm(f"{BASE} --arm new={tmp_path}/arm --prompt hello")
     assert (status, err) == (0, "") and out.strip()
+
+
+def test_a_dry_run_writes_plain_text_and_no_folder(genarm: Genarm, tmp_path: Path) -> None:
+    row = {"prompt": "one", "chosen": "two", "rejected": "three"}
+    (tmp_path / "prefs.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"chosen": ""}) + "\n")
+    arguments = f"train --base base --data {tmp_path}/prefs.jsonl --out {tmp_path}/arm --dry-run"
+    status, out, err = genarm(arguments)
+    assert (status, err) == (0, "")
+    assert f"{tmp_path}/prefs.jsonl: prompt, chosen, rejected; 1 of 2 rows, left out: 1 with an empty response\n" in out
+    assert "--- example 1 of 1\n" in out and "\nchosen:   [" in out and "\x1b" not in out
+    assert not (tmp_path / "arm").exists()
+    error = f"error: {tmp_path}/prefs.jsonl: strict: there are rows to be left out: an empty response in row 2\n"
+    assert genarm(f"{arguments} --strict") == (2, "", error)
 
 
 def test_an_interrupted_training_says_how_to_go_on(genarm: Genarm, monkeypatch: pytest.MonkeyPatch) -> None:
