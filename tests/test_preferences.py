@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from genarm import data_files
 from genarm.errors import GenarmError
 from genarm.preferences import Preference, Preferences, encode_preferences, read_preferences
+from genarm.training import _pieces
 from published_rows import HELLO, PUBLISHED, pku, said
 
 
@@ -149,8 +150,9 @@ def test_a_prompt_that_a_response_begins_with_by_accident_stays(tmp_path: Path) 
 def test_one_side_that_repeats_the_prompt(tmp_path: Path) -> None:
     rows = [{"prompt": "Why?", "chosen": "Why? So.", "rejected": f" No {i}."} for i in range(3)]
     rows.append({"prompt": "Why?", "chosen": "Why? ", "rejected": " No."})
+    rows.append({"prompt": "Why?", "chosen": " So.", "rejected": " No 3."})  # most are enough
     read = read_preferences(write(tmp_path / "rows.jsonl", rows))
-    assert [(row.chosen, row.rejected) for row in read] == [(" So.", f" No {i}.") for i in range(3)]
+    assert [(row.chosen, row.rejected) for row in read] == [(" So.", f" No {i}.") for i in range(4)]
     assert read.dropped == {"empty": [f"{tmp_path}/rows.jsonl:4"]}
 
 
@@ -342,6 +344,13 @@ def test_the_response_has_the_tokens_of_a_text_that_goes_on() -> None:
     assert tokenizer.convert_ids_to_tokens(pair["chosen"]) == ["Ġyes", "Ġyes", "</s>"]
     (pair,), _ = encode_preferences([Preference("a ", "world", "no", "f:1")], TOKENIZERS["pieces"], 64)
     assert TOKENIZERS["pieces"].convert_ids_to_tokens(pair["chosen"]) == [*"world", "</s>"]
+
+
+def test_the_text_of_each_token_is_that_within_the_text() -> None:
+    """By itself a word's token would lose its space, and a byte of a character would be none."""
+    for name, expected in (("pieces", [" world", " world", " ", "☃", "</s>"]), ("bytes", [*" world world ☃", "</s>"])):
+        (pair,), _ = encode_preferences([Preference("hello", " world world ☃", "no", "f:1")], TOKENIZERS[name], 64)
+        assert list(_pieces(pair["prompt"], pair["chosen"], TOKENIZERS[name])) == expected
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

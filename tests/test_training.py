@@ -645,7 +645,7 @@ class Full(training.ArmTrainer):
         super().log(logs, *args, **kwargs)
         if self.state.global_step == step:
             files = sorted(Path(self.args.output_dir).glob(f"checkpoint-*/{file}"))
-            room = files[-1].stat().st_size - 100 if files else 0
+            room = files[-1].stat().st_size * 3 // 4 if files else 0
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
 training.ArmTrainer = Full
 base, data, settings, *cases = map(json.loads, sys.argv[1:])
@@ -693,7 +693,9 @@ BASES: dict[str, tuple[dict[str, Any], set[str], set[str]]] = {
     # by type: the configuration, layers that take a LoRA, some that do not
     "gpt2": ({**SMALL, "n_embd": 32, "n_layer": 2, "n_head": 4}, {"c_attn", "c_proj", "c_fc"}, {"lm_head"}),
     "mixtral": ({**ATTENTION, "num_local_experts": 4}, {"q_proj", "o_proj"}, {"gate", "experts"}),
-    "qwen3_moe": ({**MIXTURE, "num_experts": 4}, {"q_proj", "o_proj"}, {"gate", "experts"}),
+    "qwen3_moe": (
+        {**MIXTURE, "num_experts": 4, "mlp_only_layers": [0]}, {"q_proj", "o_proj"}, {"gate", "experts", "gate_proj"}
+    ),
     "phimoe": ({**ATTENTION, "num_local_experts": 4}, {"q_proj", "o_proj"}, {"router", "experts"}),
     "mamba2": ({**SMALL, "state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1}, {"in_proj"}, {"out_proj"}),
     "bart": (
