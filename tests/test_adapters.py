@@ -96,6 +96,7 @@ CASES = {
     "fewer tokens": (lambda: lora(), lambda: resized(250), {"save_embedding_layers": True}, TABLES),
     "more tokens, trained": (lambda: lora(modules_to_save=["embed_tokens"]), lambda: resized(270), {}, TABLES),
     "more tokens, a head": (lambda: lora(modules_to_save=["lm_head"]), lambda: resized(270), {}, TABLES),
+    "more tokens, adapted": (lambda: lora(target_modules=["embed_tokens"]), lambda: resized(270), {}, TABLES),
     "modules_to_save": (lambda: lora(modules_to_save=["lm_head", "norm"]), None, {}, None),
     "token indices": (lambda: lora(trainable_token_indices=[5, 9]), None, {}, None),
     "embeddings": (lambda: lora(target_modules=["embed_tokens", "lm_head"]), None, {}, None),
