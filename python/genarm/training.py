@@ -20,7 +20,6 @@ from rich.text import Text
 from safetensors import SafetensorError
 from torch.nn import functional
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from . import loading, transformers_api
@@ -28,6 +27,7 @@ from .errors import GenarmError
 from .identity import identity
 from .locking import lock
 from .preferences import encode_preferences, read_preferences
+from .transformers_api import Conv1D
 
 
 def response_logps(

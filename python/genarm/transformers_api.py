@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.peft_utils import find_adapter_config_file
 
-__all__ = ["MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "Cache", "CacheLayerMixin", "find_adapter_config_file"]
+__all__ = ["MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "Cache", "CacheLayerMixin", "Conv1D", "find_adapter_config_file"]
 
 # What a forward's cache argument and its output are called: the first from 5.24 on, the others before, the last by
 # state-space models. A model of the user's own may keep an old name under a new transformers.
