@@ -22,7 +22,7 @@ from .transformers_api import Cache
 _AFFORDABLE = {"cuda": 5e13}
 _AFFORDABLE_ELSEWHERE = 2e10
 _SHORTEST = 8  # the length that rows cross where no threshold does
-_STEPS = 4
+_STEPS = 2  # after a prompt: with its own, three places of a row are compared
 # How far logits may be from those of the model alone, relative to their spread: what roundings alone may do to a deep
 # model (0.05 was seen of 24 layers in bfloat16), or so many times what company (more tokens behind, more rows beside)
 # does to a row of this one, but never more than the second number.
@@ -89,7 +89,7 @@ def _differs(forward: Forward, alone: Sequence[Any], batched: bool, window: int 
         # a token than that of the one before.
         rows = [
             [_tokens(model, start + i, seed=i) for i, model in enumerate(alone)]
-            for start in (2, length - 1, length + 2)
+            for start in (2, length, length + 2)
         ]
         for group in [rows] if batched else [[row] for row in rows]:
             if _group_differs(forward, group, expected, window):
