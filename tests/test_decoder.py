@@ -454,9 +454,13 @@ def test_loading_errors(tokenizer, tmp_path):
     make_model().save_pretrained(tmp_path / "base")
     with pytest.raises(GenarmError, match="no tokenizer"):
         GuidedDecoder.from_pretrained(tmp_path / "base")
-    (tmp_path / "base" / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(GenarmError, match="cannot be loaded"):
-        GuidedDecoder.from_pretrained(tmp_path / "base")
+    for content, said in (
+        (b"version https://git-lfs.github.com/spec/v1", "Git LFS pointer"),
+        (b"no", "cannot be loaded"),
+    ):
+        (tmp_path / "base" / "model.safetensors").write_bytes(content)
+        with pytest.raises(GenarmError, match=said):
+            GuidedDecoder.from_pretrained(tmp_path / "base")
     with pytest.raises(GenarmError, match="device"):
         GuidedDecoder.from_pretrained(tmp_path / "base", device="warp")
     for dtype in ("float12", "float64", torch.float64):
