@@ -35,11 +35,11 @@ def counting_denormals(call: Callable[..., T], *args: Any) -> T:
 
 
 def to_its_end(operation: Callable[P, T]) -> Callable[P, T]:
-    """The operation, for whose calls the end of the interpreter waits; one that a daemon thread begins later waits for
-    the end of the process.
+    """The operation, for whose calls the end of the interpreter waits. A daemon thread that is in one then, or begins
+    one later, stays there until the process is gone.
 
-    Torch lets the interpreter go in operations as small as an allocation, and aborts the process where it is gone when
-    they want it back (before Python 3.14).
+    Torch lets the interpreter go in operations as small as an allocation, or the end of a tensor, and aborts the
+    process where it is gone when they want it back (before Python 3.14).
     """
 
     @functools.wraps(operation)
@@ -49,14 +49,19 @@ def to_its_end(operation: Callable[P, T]) -> Callable[P, T]:
         thread = threading.get_ident()
         _inside.add(thread)
         try:
-            if _ending is None or _ending == thread:
-                return operation(*args, **kwargs)
+            if _goes_on(thread):
+                result = operation(*args, **kwargs)
         finally:
             _inside.discard(thread)
-        while True:
+        while not _goes_on(thread):
             threading.Event().wait()
+        return result
 
     return call
+
+
+def _goes_on(thread: int) -> bool:
+    return _ending is None or _ending == thread
 
 
 @atexit.register

@@ -88,8 +88,7 @@ def _differs(forward: Forward, alone: Sequence[Any], batched: bool, window: int 
         # One row is far shorter than the length, one grows across it, one begins beyond it; an operand's is longer by
         # a token than that of the one before.
         rows = [
-            [_tokens(model, start + i, seed=i) for i, model in enumerate(alone)]
-            for start in (2, length, length + 2)
+            [_tokens(model, start + i, seed=i) for i, model in enumerate(alone)] for start in (2, length, length + 2)
         ]
         for group in [rows] if batched else [[row] for row in rows]:
             if _group_differs(forward, group, expected, window):
