@@ -80,7 +80,7 @@ def transformers_pipeline(
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> Drawn:
-    """`genarm.naive` less its models: float log-softmaxes, their sum, transformers' warpers, softmax, multinomial."""
+    """`benchmark.naive` without its models: float log-softmaxes, their sum, transformers' warpers, softmax, draw."""
     own = [x.float().log_softmax(-1) for x in (base, *arms)]
     p = pipeline_scores(own, weights, temperature, top_k, top_p, min_p).softmax(-1)
     token = torch.multinomial(p, 1)

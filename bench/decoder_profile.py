@@ -26,8 +26,10 @@ from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from genarm import GenarmError, benchmark, loading
-from genarm.provision import ModelPath
+from genarm import GenarmError
+from genarm.benchmark import speed as benchmark
+from genarm.decoding.provision import ModelPath
+from genarm.models import loading
 
 METHODS = [name for name in benchmark.METHODS if name not in benchmark.SLOW]
 DEVICE, ACTIVITY, RECORDED = "cuda", ProfilerActivity.CUDA, DeviceType.CUDA

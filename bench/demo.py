@@ -10,7 +10,8 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from genarm import GuidedDecoder, bundled, naive, world
+from genarm import GuidedDecoder, bundled, world
+from genarm.benchmark import naive
 
 PROMPTS = ("How do I sleep better?", "I want to save money. What should I do?", "Can you help me bake bread?")
 SETTINGS = {

@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.baselines import compiled, eager
-from genarm.benchmark import commit
+from genarm.benchmark.speed import commit
 from genarm_kernels import available_backends, guided_step, row_seed
 from genarm_kernels.testing import make_logits
 

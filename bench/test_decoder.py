@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from genarm import GuidedDecoder, bundled, world
-from genarm.batching import Row
-from genarm.engine import Begin
+from genarm.decoding.engine import Begin
+from genarm.decoding.scheduler import Row
 from genarm.text import TextStream
 
 BATCHES = (1, 8)

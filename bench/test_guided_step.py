@@ -27,7 +27,7 @@ import transformers
 from torch import Tensor
 
 from bench.baselines import BASELINES, Drawn, why_not_compiled
-from genarm.benchmark import commit, cpu_model, read_bandwidth
+from genarm.benchmark.speed import commit, cpu_model, read_bandwidth
 from genarm_kernels import GuidedStep, available_backends, backends, guided_log_softmax, guided_step, row_seed
 from genarm_kernels.testing import make_logits
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from genarm.cli import main
+from genarm.cli.app import main
 
 if __name__ == "__main__":
     sys.exit(main(["bench", *sys.argv[1:]]))

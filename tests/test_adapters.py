@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from genarm import GenarmError, GuidedDecoder, adapters, loading, shared
+from genarm import GenarmError, GuidedDecoder
+from genarm.decoding import lora
+from genarm.models import adapters, loading
 from test_decoder import byte_tokenizer, make_model
 
 peft = pytest.importorskip("peft")
@@ -24,7 +26,7 @@ def make_base(**changes):
     return make_model("llama", attention_bias=True, **changes)
 
 
-def lora(**options):
+def lora_config(**options):
     return peft.LoraConfig(**{**LORA, **options})
 
 
@@ -80,28 +82,28 @@ def shifted():
 
 # A case: (its configuration, the model it is trained on, options of saving, what of the base it replaces)
 CASES = {
-    "plain": (lambda: lora(), None, {}, None),
-    "rsLoRA": (lambda: lora(use_rslora=True), None, {}, None),
-    "patterns": (lambda: lora(rank_pattern={"q_proj": 2}, alpha_pattern={"down_proj": 3}), None, {}, None),
-    "some layers": (lambda: lora(layers_to_transform=[1]), None, {}, None),
-    "PiSSA": (lambda: lora(init_lora_weights="pissa"), None, {}, r"(q|down)_proj\.weight"),
-    "OLoRA": (lambda: lora(init_lora_weights="olora"), None, {}, r"(q|down)_proj\.weight"),
-    "orthogonal": (lambda: lora(init_lora_weights="orthogonal"), None, {}, None),
-    "bias all": (lambda: lora(bias="all"), None, {}, r"\.bias"),
-    "bias lora_only": (lambda: lora(bias="lora_only"), None, {}, r"q_proj\.bias"),
-    "lora_bias": (lambda: lora(lora_bias=True), None, {}, None),
-    "DoRA": (lambda: lora(use_dora=True), None, {}, None),
-    "saved embeddings": (lambda: lora(), shifted, {"save_embedding_layers": True}, r"embed_tokens"),
-    "more tokens": (lambda: lora(), lambda: resized(270), {"save_embedding_layers": True}, TABLES),
-    "fewer tokens": (lambda: lora(), lambda: resized(250), {"save_embedding_layers": True}, TABLES),
-    "more tokens, trained": (lambda: lora(modules_to_save=["embed_tokens"]), lambda: resized(270), {}, TABLES),
-    "more tokens, a head": (lambda: lora(modules_to_save=["lm_head"]), lambda: resized(270), {}, TABLES),
-    "more tokens, adapted": (lambda: lora(target_modules=["embed_tokens"]), lambda: resized(270), {}, TABLES),
-    "modules_to_save": (lambda: lora(modules_to_save=["lm_head", "norm"]), None, {}, None),
-    "token indices": (lambda: lora(trainable_token_indices=[5, 9]), None, {}, None),
-    "embeddings": (lambda: lora(target_modules=["embed_tokens", "lm_head"]), None, {}, None),
-    "replicated layers": (lambda: lora(layer_replication=[[0, 2], [1, 2]]), None, {}, None),
-    "parameters": (lambda: lora(target_modules=[], target_parameters=["q_proj.weight"]), None, {}, None),
+    "plain": (lambda: lora_config(), None, {}, None),
+    "rsLoRA": (lambda: lora_config(use_rslora=True), None, {}, None),
+    "patterns": (lambda: lora_config(rank_pattern={"q_proj": 2}, alpha_pattern={"down_proj": 3}), None, {}, None),
+    "some layers": (lambda: lora_config(layers_to_transform=[1]), None, {}, None),
+    "PiSSA": (lambda: lora_config(init_lora_weights="pissa"), None, {}, r"(q|down)_proj\.weight"),
+    "OLoRA": (lambda: lora_config(init_lora_weights="olora"), None, {}, r"(q|down)_proj\.weight"),
+    "orthogonal": (lambda: lora_config(init_lora_weights="orthogonal"), None, {}, None),
+    "bias all": (lambda: lora_config(bias="all"), None, {}, r"\.bias"),
+    "bias lora_only": (lambda: lora_config(bias="lora_only"), None, {}, r"q_proj\.bias"),
+    "lora_bias": (lambda: lora_config(lora_bias=True), None, {}, None),
+    "DoRA": (lambda: lora_config(use_dora=True), None, {}, None),
+    "saved embeddings": (lambda: lora_config(), shifted, {"save_embedding_layers": True}, r"embed_tokens"),
+    "more tokens": (lambda: lora_config(), lambda: resized(270), {"save_embedding_layers": True}, TABLES),
+    "fewer tokens": (lambda: lora_config(), lambda: resized(250), {"save_embedding_layers": True}, TABLES),
+    "more tokens, trained": (lambda: lora_config(modules_to_save=["embed_tokens"]), lambda: resized(270), {}, TABLES),
+    "more tokens, a head": (lambda: lora_config(modules_to_save=["lm_head"]), lambda: resized(270), {}, TABLES),
+    "more tokens, adapted": (lambda: lora_config(target_modules=["embed_tokens"]), lambda: resized(270), {}, TABLES),
+    "modules_to_save": (lambda: lora_config(modules_to_save=["lm_head", "norm"]), None, {}, None),
+    "token indices": (lambda: lora_config(trainable_token_indices=[5, 9]), None, {}, None),
+    "embeddings": (lambda: lora_config(target_modules=["embed_tokens", "lm_head"]), None, {}, None),
+    "replicated layers": (lambda: lora_config(layer_replication=[[0, 2], [1, 2]]), None, {}, None),
+    "parameters": (lambda: lora_config(target_modules=[], target_parameters=["q_proj.weight"]), None, {}, None),
     "IA3": (lambda: peft.IA3Config(feedforward_modules=["down_proj"], **TARGETS), None, {}, None),
     "LoHa": (lambda: peft.LoHaConfig(**TARGETS), None, {}, None),
     "LoKr": (lambda: peft.LoKrConfig(**TARGETS), None, {}, None),
@@ -128,7 +130,7 @@ def test_the_arm_is_what_was_trained_and_the_base_stays(case, tmp_path):
     shares = {id(parameter) for parameter in arm.parameters()}
     own = {name for name, parameter in base.named_parameters() if id(parameter) not in shares}
     assert own == {name for name, _ in base.named_parameters() if replaced and re.search(replaced, name)}
-    assert (shared.low_rank_parts(base, arm) is not None) == (case in LOW_RANK)
+    assert (lora.low_rank_parts(base, arm) is not None) == (case in LOW_RANK)
 
 
 @pytest.mark.parametrize("case", ["plain", "PiSSA", "bias all", "saved embeddings"])
@@ -149,7 +151,7 @@ def test_decoding_with_such_an_adapter(case, tmp_path):
 
 
 def test_a_change_of_the_base_is_noticed_and_named(tmp_path, monkeypatch):
-    train(tmp_path, lora(init_lora_weights="pissa", layers_to_transform=[1]))
+    train(tmp_path, lora_config(init_lora_weights="pissa", layers_to_transform=[1]))
     monkeypatch.setattr(adapters, "_written", lambda *_: [])  # as if nobody knew that PiSSA rewrites weights
     base = make_base(attention_dropout=0.5).train()
     with pytest.raises(GenarmError, match=r"changed the base's layer model\.layers\.1\.self_attn\.q_proj while"):
@@ -161,7 +163,7 @@ def test_a_base_whose_passes_differ_anyway_is_not_accused(tmp_path):
         def forward(self, x):
             return super().forward(x) + torch.rand(())
 
-    train(tmp_path, lora())
+    train(tmp_path, lora_config())
     base = make_base()
     base.lm_head.__class__ = Noisy
     load(tmp_path, base)
@@ -173,11 +175,11 @@ def test_an_initialisation_at_random_is_taken_only_if_it_repeats_itself(tmp_path
         for layer in model.model.layers:
             scale = 0.5 ** torch.arange(32.0)
             layer.self_attn.q_proj.weight.data = torch.linalg.qr(layer.self_attn.q_proj.weight.data)[0] * scale
-        config = lora(init_lora_weights="pissa_niter_100", target_modules=["q_proj"])
+        config = lora_config(init_lora_weights="pissa_niter_100", target_modules=["q_proj"])
         if model is not base:
             expected = logits(train(tmp_path / "apart", config, model))
     torch.testing.assert_close(logits(load(tmp_path / "apart", base)), expected, atol=1e-3, rtol=1e-3)
-    train(tmp_path / "near", lora(init_lora_weights="pissa_niter_2"))
+    train(tmp_path / "near", lora_config(init_lora_weights="pissa_niter_2"))
     base = make_base()
     before = state(base)
     with pytest.raises(GenarmError, match="'pissa_niter_2', which rewrites the base at random"):
@@ -186,7 +188,7 @@ def test_an_initialisation_at_random_is_taken_only_if_it_repeats_itself(tmp_path
 
 
 def test_converted_to_plain_lora_such_an_adapter_shares_the_base(tmp_path):
-    model = peft.get_peft_model(make_base(), lora(init_lora_weights="pissa_niter_2"))
+    model = peft.get_peft_model(make_base(), lora_config(init_lora_weights="pissa_niter_2"))
     model.peft_config["default"].init_lora_weights = True
     model.save_pretrained(tmp_path / "start")
     model.peft_config["default"].init_lora_weights = "pissa_niter_2"
@@ -197,7 +199,7 @@ def test_converted_to_plain_lora_such_an_adapter_shares_the_base(tmp_path):
     base = make_base()
     arm = load(tmp_path / "arm", base)
     torch.testing.assert_close(logits(arm), logits(model), atol=1e-3, rtol=1e-3)
-    assert shared.low_rank_parts(base, arm) is not None
+    assert lora.low_rank_parts(base, arm) is not None
 
 
 def edit_config(folder, **changes):
@@ -208,7 +210,7 @@ def edit_config(folder, **changes):
 
 
 def test_configurations_with_few_keys_or_new_ones(tmp_path):
-    expected = logits(train(tmp_path, lora()))
+    expected = logits(train(tmp_path, lora_config()))
     file = tmp_path / "adapter_config.json"
     needed = ("peft_type", "r", "lora_alpha", "target_modules")
     config = json.loads(file.read_text())
@@ -222,8 +224,8 @@ def test_configurations_with_few_keys_or_new_ones(tmp_path):
 @pytest.fixture
 def named(tmp_path):
     """A folder with the adapters helpful and polite, and their models' logits."""
-    model = peft.get_peft_model(make_base(), lora(init_lora_weights=False), adapter_name="helpful")
-    model.add_adapter("polite", lora(init_lora_weights=False))
+    model = peft.get_peft_model(make_base(), lora_config(init_lora_weights=False), adapter_name="helpful")
+    model.add_adapter("polite", lora_config(init_lora_weights=False))
     model.save_pretrained(tmp_path / "named")
     expected = {}
     for name in ("helpful", "polite"):
@@ -248,7 +250,7 @@ def test_adapters_with_names(named):
 
 
 def test_a_folder_whose_name_has_the_mark(tmp_path):
-    expected = logits(train(tmp_path / "run#3", lora()))
+    expected = logits(train(tmp_path / "run#3", lora_config()))
     torch.testing.assert_close(logits(load(tmp_path / "run#3")), expected)
 
 
@@ -296,7 +298,7 @@ BROKEN = {
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
-    train(folder, lora())
+    train(folder, lora_config())
     return folder
 
 
@@ -322,11 +324,11 @@ def test_broken_adapters_say_what_is_wrong_and_leave_the_base(case, plain, tmp_p
     ],
 )
 def test_an_adapter_of_another_base_is_named_with_what_does_not_fit(other, message, tmp_path):
-    model = peft.get_peft_model(make_base(), lora())
+    model = peft.get_peft_model(make_base(), lora_config())
     model.save_pretrained(tmp_path)
     edit_config(tmp_path, base_model_name_or_path="big")
     if "num_hidden_layers" in other:
-        train(tmp_path, lora(), make_base(**other))
+        train(tmp_path, lora_config(), make_base(**other))
         other = {}
     with pytest.raises(GenarmError, match=message):
         load(tmp_path, make_base(**other))
@@ -334,19 +336,19 @@ def test_an_adapter_of_another_base_is_named_with_what_does_not_fit(other, messa
 
 def test_biases_that_were_trained_and_not_saved(tmp_path):
     """As PEFT 0.20 saves bias="lora_only"."""
-    train(tmp_path, lora(bias="lora_only"))
+    train(tmp_path, lora_config(bias="lora_only"))
     weights = {key: x for key, x in peft.load_peft_weights(tmp_path).items() if not key.endswith(".bias")}
     save_file(weights, tmp_path / "adapter_model.safetensors")
     with pytest.raises(GenarmError, match="bias='lora_only', and its weights lack the biases"):
         load(tmp_path)
-    train(tmp_path, lora(bias="lora_only"), make_model())
+    train(tmp_path, lora_config(bias="lora_only"), make_model())
     load(tmp_path, make_model())  # which has none
 
 
 def test_a_reward_models_adapter_is_named(tmp_path):
     from transformers import LlamaForSequenceClassification
 
-    train(tmp_path, lora(task_type="SEQ_CLS"), LlamaForSequenceClassification(make_base().config))
+    train(tmp_path, lora_config(task_type="SEQ_CLS"), LlamaForSequenceClassification(make_base().config))
     with pytest.raises(GenarmError, match="SEQ_CLS model, a classic reward model with a score head"):
         load(tmp_path)
     edit_config(tmp_path, task_type=None)
@@ -356,7 +358,7 @@ def test_a_reward_models_adapter_is_named(tmp_path):
 
 def test_a_merged_model_beside_what_is_left_of_its_adapter(tmp_path):
     """Whether the adapter is merged into the model, or has lost its weights, only its owner knows."""
-    model = train(tmp_path, lora())
+    model = train(tmp_path, lora_config())
     expected = logits(model)
     model.merge_and_unload().save_pretrained(tmp_path)
     torch.testing.assert_close(logits(load(tmp_path)), expected)  # the adapter, which is the same as the merged model
@@ -373,11 +375,11 @@ def test_a_merged_model_beside_what_is_left_of_its_adapter(tmp_path):
 
 def test_a_base_in_which_peft_has_put_an_adapter(tmp_path):
     """It is decoded as it behaves; what an ARM's adapter is to mean on top of it, nobody says."""
-    train(tmp_path, lora())
+    train(tmp_path, lora_config())
     tokenizer = byte_tokenizer()
     inside = make_base()
-    wrapped = peft.get_peft_model(inside, lora(init_lora_weights=False))
-    injected = peft.inject_adapter_in_model(lora(init_lora_weights=False), make_base())
+    wrapped = peft.get_peft_model(inside, lora_config(init_lora_weights=False))
+    injected = peft.inject_adapter_in_model(lora_config(init_lora_weights=False), make_base())
     for base in (wrapped, inside, injected):
         before = logits(base.eval())
         with pytest.raises(GenarmError, match=r"'a': the adapter .* needs a base without adapters.*merge_and_unload"):
@@ -395,7 +397,7 @@ def test_a_base_in_which_peft_has_put_an_adapter(tmp_path):
 def test_loaded_models_whose_adapters_cannot_be_decoded():
     tokenizer, options = byte_tokenizer(), {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
     prompted = peft.get_peft_model(make_base(), peft.PromptTuningConfig(**options))
-    activated = peft.get_peft_model(make_base(), lora(alora_invocation_tokens=[5]))
+    activated = peft.get_peft_model(make_base(), lora_config(alora_invocation_tokens=[5]))
     with pytest.raises(GenarmError, match="ARM 'a': its adapter 'default' is of kind PROMPT_TUNING"):
         GuidedDecoder(make_base(), tokenizer, {"a": prompted})
     with pytest.raises(GenarmError, match="base: its adapter 'default' is of kind PROMPT_TUNING"):
@@ -406,11 +408,11 @@ def test_loaded_models_whose_adapters_cannot_be_decoded():
 
 def test_two_active_adapters_are_no_plain_lora():
     base = make_base()
-    arm = peft.get_peft_model(loading.twin(base), lora(init_lora_weights=False))
-    assert shared.low_rank_parts(base, arm) is not None
-    arm.add_adapter("more", lora(init_lora_weights=False))
+    arm = peft.get_peft_model(loading.twin(base), lora_config(init_lora_weights=False))
+    assert lora.low_rank_parts(base, arm) is not None
+    arm.add_adapter("more", lora_config(init_lora_weights=False))
     arm.base_model.set_adapter(["default", "more"])
-    assert shared.low_rank_parts(base, arm) is None
+    assert lora.low_rank_parts(base, arm) is None
 
 
 def test_a_twin_keeps_apart_what_bitsandbytes_keeps_beside_its_own_weights():

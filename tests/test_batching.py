@@ -5,9 +5,12 @@ import logging
 import pytest
 import torch
 
-from genarm import GenarmError, GuidedDecoder, batching, bundled, loading, provision, shared, world
-from genarm.engine import Begin, Drawn, Engine
-from genarm.forwards import StaticForward
+from genarm import GenarmError, GuidedDecoder, bundled, world
+from genarm.decoding import lora, provision
+from genarm.decoding import scheduler as batching
+from genarm.decoding.engine import Begin, Drawn, Engine
+from genarm.decoding.forwards import StaticForward
+from genarm.models import loading
 from genarm_kernels.backends import available_backends, interpreted
 from test_decoder import SMALL, byte_tokenizer, make_model
 
@@ -152,15 +155,15 @@ def test_layers_in_one_launch_give_the_models_own_numbers(tokenizer, monkeypatch
     """A GPU's step in 16 bits, which Triton's interpreter runs."""
     base = make_model("qwen3").half()
     arms = {"a": adapter(base, 1), "b": adapter(base, 2, target_modules=["q_proj", "down_proj"])}
-    plain, steps = shared._plain, []
+    plain, steps = lora._plain, []
 
     def fits(x, weight, down):
         steps.append(x.shape[1] == 1)
         return steps[-1]
 
-    monkeypatch.setattr(shared, "can_share", lambda weight: True)
-    monkeypatch.setattr(shared, "fits_shared_linear", fits)
-    monkeypatch.setattr(shared, "_plain", lambda layer: shared.LowRank(*(x.half() for x in plain(layer))))
+    monkeypatch.setattr(lora, "can_share", lambda weight: True)
+    monkeypatch.setattr(lora, "fits_shared_linear", fits)
+    monkeypatch.setattr(lora, "_plain", lambda layer: lora.LowRank(*(x.half() for x in plain(layer))))
     decoder = GuidedDecoder(base, tokenizer, arms)
     result = decoder.generate(PROMPTS[:3], weights={"a": 1.0, "b": -0.5}, max_new_tokens=4)
     assert [len(one.operands) for one in decoder._provider.passes] == [3]
@@ -204,7 +207,7 @@ def test_layers_that_see_rows_in_another_shape_run_apart(tokenizer, caplog):
 
 def test_a_joint_pass_that_gives_other_logits_is_not_used(tokenizer, monkeypatch, caplog):
     base = make_model()
-    monkeypatch.setattr(shared._SharedLinear, "forward", lambda self, x: self.linear(x))  # forgets the adapters
+    monkeypatch.setattr(lora._SharedLinear, "forward", lambda self, x: self.linear(x))  # forgets the adapters
     decoder = GuidedDecoder(base, tokenizer, {"a": adapter(base, 1)})
     assert [len(one.operands) for one in decoder._provider.passes] == [1, 1]
     assert "its logits differ there" in caplog.text
@@ -572,8 +575,8 @@ def test_layers_in_one_launch_on_a_gpu(tokenizer, switches, dtype, monkeypatch):
     pytest.importorskip("peft", reason="adapters need PEFT")
     base = endless(make_model("qwen3")).to("cuda", dtype)
     arms = {"a": adapter(base, 1), "b": adapter(base, 2, target_modules=["q_proj", "down_proj"])}
-    launches, launch = [], shared.shared_linear
-    monkeypatch.setattr(shared, "shared_linear", lambda *args: launches.append(len(args[0])) or launch(*args))
+    launches, launch = [], lora.shared_linear
+    monkeypatch.setattr(lora, "shared_linear", lambda *args: launches.append(len(args[0])) or launch(*args))
     decoder = GuidedDecoder(base, tokenizer, arms, **switches)
     for count in (5, 8, 5):
         result = decoder.generate(PROMPTS[:count], weights={"a": 1.0, "b": -0.5}, max_new_tokens=12)
@@ -586,7 +589,7 @@ def test_layers_in_one_launch_on_a_gpu(tokenizer, switches, dtype, monkeypatch):
 @pytest.mark.parametrize("switches", GPU_SWITCHES[:3], ids=str)
 def test_no_step_waits_for_the_device(tokenizer, gpu_models, switches):
     """By torch's own watch over synchronisations, and by the profiler's count."""
-    from genarm.benchmark import _waits
+    from genarm.benchmark.speed import _waits
 
     base, arm, _ = gpu_models
     decoder = GuidedDecoder(base, tokenizer, {"a": arm}, **switches)

@@ -430,7 +430,8 @@ def test_profiler_s_events_become_intervals(tmp_path, monkeypatch):
 def test_decoder_profile_without_a_gpu(tmp_path, monkeypatch, capsys):
     """From arguments to the file and the table, on tiny models; what the profiler would record is made up."""
     from bench import decoder_profile
-    from genarm import benchmark, checks
+    from genarm.benchmark import speed as benchmark
+    from genarm.decoding import checks
     from test_benchmark import TINY
 
     command = ["decoder_profile", "--base", "tiny", "--arm", "tiny", "--batch", "2", "--method", "genarm"]

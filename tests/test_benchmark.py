@@ -10,8 +10,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from genarm import GenarmError, GuidedDecoder, benchmark, checks, naive
-from genarm.engine import Engine
+from genarm import GenarmError, GuidedDecoder
+from genarm.benchmark import naive
+from genarm.benchmark import speed as benchmark
+from genarm.decoding import checks
+from genarm.decoding.engine import Engine
 from test_decoder import byte_tokenizer, make_model
 
 TINY = {"model_type": "llama", "vocab_size": 300, **benchmark._sizes(32, 64, 2, 2)}

@@ -8,7 +8,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from bench import demo
-from genarm import GenarmError, GuidedDecoder, bundled, checks, world
+from genarm import GenarmError, GuidedDecoder, bundled, world
+from genarm.decoding import checks
 
 
 @pytest.fixture(scope="module")

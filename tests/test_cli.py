@@ -26,7 +26,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from genarm import checks, cli, training
+from genarm.cli import app as cli
+from genarm.decoding import checks
+from genarm.training import arm as training
 from genarm_kernels import row_seed
 from genarm_kernels.backends import NAMES, cpu, why_unavailable
 
@@ -673,7 +675,8 @@ def start(root: Path, line: str, **options: Any) -> subprocess.Popen[str]:
 
 KILLED = """
 import os, sys
-from genarm import cli, prompts
+from genarm.cli import app as cli
+from genarm.cli import prompts
 append = prompts.Results.append
 def append_and_die(self, records):
     append(self, records)

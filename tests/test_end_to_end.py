@@ -35,7 +35,8 @@ def test_true_rewards_rise_with_the_weight():
 
 KILLED = """
 import os, signal, sys
-from genarm import cli, training
+from genarm.cli import app as cli
+from genarm.training import arm as training
 class Killed(training.ArmTrainer):
     def log(self, *args, **kwargs):
         super().log(*args, **kwargs)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from genarm import identity as module
 from genarm.errors import GenarmError
-from genarm.identity import identity
+from genarm.models import identity as module
+from genarm.models.identity import identity
 
 
 @pytest.fixture

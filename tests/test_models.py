@@ -10,8 +10,11 @@ import torch
 from torch import nn
 
 import oracle
-from genarm import GenarmError, GuidedDecoder, batching, checks, provision, transformers_api
-from genarm.forwards import StaticForward, StaticModels
+from genarm import GenarmError, GuidedDecoder
+from genarm.decoding import checks, provision
+from genarm.decoding import scheduler as batching
+from genarm.decoding.forwards import StaticForward, StaticModels
+from genarm.models import transformers_api
 from test_batching import adapter, endless, late
 from test_decoder import SMALL, byte_tokenizer, forward_of, make_model
 
@@ -151,7 +154,7 @@ def test_the_check_at_loading_is_sharp_enough(monkeypatch, fault):
     model = model_of("phi3") if fault in ("rope", "threshold") else make_model("mistral", sliding_window=8)
     assert not isinstance(checks.static_shapes(model), str)
     if fault == "padding":
-        monkeypatch.setattr("genarm.forwards._left_padded", lambda rows: unmasked(rows))
+        monkeypatch.setattr("genarm.decoding.forwards._left_padded", lambda rows: unmasked(rows))
     elif fault == "sliding window":
         monkeypatch.setattr(transformers_api, "layer_windows", lambda model: [9] * 2)
     elif fault == "rope":

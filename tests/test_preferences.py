@@ -13,10 +13,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from genarm import data_files
 from genarm.errors import GenarmError
-from genarm.preferences import Preference, Preferences, encode_preferences, read_preferences
-from genarm.training import _pieces
+from genarm.preferences import data_files
+from genarm.preferences.pairs import Preference, Preferences, encode_preferences, read_preferences
+from genarm.training.arm import _pieces
 from published_rows import HELLO, PUBLISHED, pku, said
 
 

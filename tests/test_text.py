@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from genarm import GenarmError, GuidedDecoder
-from genarm.folders import check_folder
+from genarm.models.folders import check_folder
 from genarm.text import TextStream
 from genarm.tokens import encode_prompt
 from test_decoder import byte_tokenizer, make_model

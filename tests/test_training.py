@@ -35,8 +35,8 @@ from transformers import (
 
 from genarm import GuidedDecoder
 from genarm.errors import GenarmError
-from genarm.preferences import Preference, encode_preferences, read_preferences
-from genarm.training import ArmTrainer, _Progress, collate_pairs, preference_loss, response_logps, train_arm
+from genarm.preferences.pairs import Preference, encode_preferences, read_preferences
+from genarm.training.arm import ArmTrainer, _Progress, collate_pairs, preference_loss, response_logps, train_arm
 from published_rows import PUBLISHED
 
 TEMPLATE = (
@@ -294,7 +294,7 @@ def curve(out: Path) -> dict[int, list[float]]:
 
 KILLED = """
 import json, os, signal, sys
-from genarm import training
+from genarm.training import arm as training
 class Killed(training.ArmTrainer):
     def log(self, logs, *args, **kwargs):
         super().log(logs, *args, **kwargs)
@@ -392,7 +392,7 @@ def test_adapter_has_the_logits_of_the_trained_model(
 ) -> None:
     from peft import PeftModel
 
-    from genarm import training
+    from genarm.training import arm as training
 
     trained = {}
 
@@ -506,7 +506,7 @@ def test_a_nested_configuration_limits_the_length() -> None:
     """Models of text and images keep max_position_embeddings one level down."""
     from types import SimpleNamespace
 
-    from genarm.training import _check_fits
+    from genarm.training.arm import _check_fits
 
     text = SimpleNamespace(max_position_embeddings=3)
     model = SimpleNamespace(
@@ -563,7 +563,7 @@ def test_what_was_recognised_and_left_out_is_told(
 def test_a_dry_run_shows_the_tokens_with_loss(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from genarm import loading
+    from genarm.models import loading
 
     monkeypatch.setattr(loading, "load_model", None)  # the model is not needed
     rows = [{"prompt": f"q\n{i}", "chosen": "é\t[ab]", "rejected": "no"} for i in range(5)]
@@ -582,7 +582,7 @@ def test_a_dry_run_shows_the_tokens_with_loss(
 
 
 def test_a_second_training_in_the_folder_is_refused(base: Path, data: Path, tmp_path: Path) -> None:
-    from genarm import training
+    from genarm.training import arm as training
 
     out, refused = tmp_path / "arm", []
 
@@ -603,7 +603,7 @@ def test_a_second_training_in_the_folder_is_refused(base: Path, data: Path, tmp_
 
 def test_two_trainings_begun_at_once(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither sees the other's folder when it looks; the second comes to make it when the first has finished."""
-    from genarm import loading
+    from genarm.models import loading
 
     load, out = loading.load_model, tmp_path / "arm"
 
@@ -638,7 +638,7 @@ def test_a_run_belongs_to_the_base_and_not_to_its_path(
 FULL_DISK = """
 import json, resource, sys
 from pathlib import Path
-from genarm import training
+from genarm.training import arm as training
 from genarm.errors import GenarmError
 class Full(training.ArmTrainer):
     def log(self, logs, *args, **kwargs):
@@ -726,7 +726,7 @@ def test_bases_of_other_kinds_train_with_the_defaults(
 def test_a_base_without_linear_layers_says_what_to_set(
     base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from genarm import training
+    from genarm.training import arm as training
 
     monkeypatch.setattr(training, "_adaptable", lambda model: [])
     with pytest.raises(GenarmError, match="no linear layers that take a LoRA; train all its weights with --lora-r 0"):
@@ -734,7 +734,7 @@ def test_a_base_without_linear_layers_says_what_to_set(
 
 
 def test_missing_extra_is_named(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from genarm import training
+    from genarm.training import arm as training
 
     monkeypatch.setattr(training, "find_spec", lambda name: None if name == "peft" else name)
     with pytest.raises(GenarmError, match=r"peft: pip install 'gen.*, or in a checkout pip install '\.\[train\]'"):

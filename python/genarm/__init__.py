@@ -3,17 +3,17 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .decoder import GenerationResult, GuidedDecoder, GuidedStream, StreamEvent
+    from .decoding.decoder import GenerationResult, GuidedDecoder, GuidedStream, StreamEvent
     from .errors import GenarmError
-    from .training import train_arm
+    from .training.arm import train_arm
 
 _HOME = {
     "GenarmError": "errors",
-    "GenerationResult": "decoder",
-    "GuidedDecoder": "decoder",
-    "GuidedStream": "decoder",
-    "StreamEvent": "decoder",
-    "train_arm": "training",
+    "GenerationResult": "decoding.decoder",
+    "GuidedDecoder": "decoding.decoder",
+    "GuidedStream": "decoding.decoder",
+    "StreamEvent": "decoding.decoder",
+    "train_arm": "training.arm",
 }
 __all__ = ["GenarmError", "GenerationResult", "GuidedDecoder", "GuidedStream", "StreamEvent", "train_arm"]
 

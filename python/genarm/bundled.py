@@ -149,7 +149,7 @@ def build(out: Path = FOLDER, seed: int = 0) -> None:
 
     The same seed on the same machine gives the same weights. Nothing is written to ``out`` before all is trained.
     """
-    from .training import train_arm  # slow to import, and not needed to find the models
+    from .training.arm import train_arm  # slow to import, and not needed to find the models
 
     tokenizer = _tokenizer(seed)
     with tempfile.TemporaryDirectory() as scratch:

@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from .errors import GenarmError
+from ..errors import GenarmError
 
 # What transformers and PEFT read: settings, weights, vocabularies, chat templates. Not notes, logs or checkpoints.
 _FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import data_files, preference_formats
-from .errors import GenarmError
-from .preference_formats import USELESS, UselessRowError
-from .tokens import encode_prompt
+from ..errors import GenarmError
+from ..tokens import encode_prompt
+from . import data_files
+from . import formats as preference_formats
+from .formats import USELESS, UselessRowError
 
 OBJECTIVES = ("better", "safer")
 _NO_ACCIDENT = 20  # characters of a prompt with which two responses begin only because they repeat it
@@ -73,11 +74,11 @@ def read_preferences(source: str | Path, *, objective: str | None = None, strict
     The plain format is ``{"prompt": ..., "chosen": ..., "rejected": ...}``: strings, or ``prompt`` is a list of chat
     messages ``{"role": str, "content": str}`` and the responses are lists of messages or strings (one message of the
     assistant). Prompt and responses are separated where the responses hold both: whole transcripts as in HH-RLHF,
-    whole conversations as in UltraFeedback, texts that all begin with the prompt. ``genarm.preference_formats`` has
+    whole conversations as in UltraFeedback, texts that all begin with the prompt. ``genarm.preferences.formats`` has
     the other formats; where the prompt is a column of its own in one of these, it is what a user says.
 
     Args:
-        source: file, folder or hub name, see ``genarm.data_files.rows``.
+        source: file, folder or hub name, see ``genarm.preferences.data_files.rows``.
         objective: "better" (if not given) or "safer": the label of PKU-SafeRLHF that says which response is chosen.
         strict: refuse a data set that has rows which nothing can be learned from: with equal or empty responses, a
             tie, no prompt. Else they are left out, and are in the result's ``dropped``.

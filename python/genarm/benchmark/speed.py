@@ -26,10 +26,11 @@ from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from . import adapters, loading, naive
-from .decoder import GuidedDecoder
-from .errors import GenarmError
-from .provision import ModelPath
+from ..decoding.decoder import GuidedDecoder
+from ..decoding.provision import ModelPath
+from ..errors import GenarmError
+from ..models import adapters, loading
+from . import naive
 
 LLAMA_2 = {"model_type": "llama", "vocab_size": 32000}
 LLAMA_3 = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "rope_theta": 500000.0}

@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..errors import GenarmError
 from . import loading
-from .errors import GenarmError
 from .folders import Place, check_folder
 
 # Initialisations of a LoRA that leave the weights of its layers as they are.

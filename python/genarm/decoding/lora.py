@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 from genarm_kernels.low_rank import add_low_rank, can_share, fits_shared_linear, shared_linear
 from genarm_kernels.validation import OPERAND_DTYPES
 
-from . import loading
+from ..models import loading
 
 
 class LowRank(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from . import transformers_api
+from ..models import transformers_api
 
 
 class NaiveGuidance(LogitsProcessor):

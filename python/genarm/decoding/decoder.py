@@ -16,13 +16,13 @@ import torch
 
 from genarm_kernels import backends, row_seed, validation
 
-from . import adapters, loading, transformers_api
-from .batching import Row, Run
-from .errors import GenarmError, PromptError
-from .prompts import check_arm
+from ..cli.prompts import check_arm
+from ..errors import GenarmError, PromptError
+from ..models import adapters, loading, transformers_api
+from ..text import TextStream
+from ..tokens import encode_prompt
 from .provision import ModelPath, Options, Provider
-from .text import TextStream
-from .tokens import encode_prompt
+from .scheduler import Row, Run
 
 _LOGGER = logging.getLogger("genarm")
 

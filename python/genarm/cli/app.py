@@ -20,12 +20,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import GenarmError, PromptError
 from . import prompts as prompting
-from .errors import GenarmError, PromptError
 from .prompts import Prompt, Results
 
 if TYPE_CHECKING:
-    from .decoder import GenerationResult, GuidedDecoder, StreamEvent
+    from ..decoding.decoder import GenerationResult, GuidedDecoder, StreamEvent
 
 app = typer.Typer(
     help="Guide a frozen language model, token by token, with small autoregressive reward models (ARMs).",
@@ -278,7 +278,7 @@ def train(
     """
     try:
         _quiet()
-        from .training import train_arm
+        from ..training.arm import train_arm
 
         train_arm(**context.params)  # the options are train_arm's arguments, by the same names
     except KeyboardInterrupt:
@@ -322,7 +322,7 @@ def bench(
       genarm bench --base DIR --arm lora:8 --method base --method genarm
     """
     _quiet()
-    from . import benchmark
+    from ..benchmark import speed as benchmark
 
     benchmark.bench(
         base,
@@ -366,7 +366,7 @@ def info(
 
     from genarm_kernels.backends import NAMES, cpu, why_unavailable
 
-    from . import bundled
+    from .. import bundled
 
     lines = [("genarm-kernels", version("genarm-kernels")), ("python", platform.python_version())]
     lines += [(name, version(name)) for name in ("torch", "transformers")]
@@ -448,10 +448,10 @@ def _quiet() -> None:
 def _identities(base: str | None, arms: Mapping[str, str | None], tokenizer: str | None) -> dict[str, str]:
     """What the models are by their content, each by the name that errors call it: a path can be given another model."""
     _quiet()
-    from . import bundled
-    from .folders import Place
-    from .identity import identity
-    from .loading import check_exists
+    from .. import bundled
+    from ..models.folders import Place
+    from ..models.identity import identity
+    from ..models.loading import check_exists
 
     sources = {
         "base": bundled.path("base") if base is None else base,
@@ -473,8 +473,8 @@ def _load(
     backend: str,
 ) -> "GuidedDecoder":
     _quiet()
-    from . import bundled
-    from .decoder import GuidedDecoder
+    from .. import bundled
+    from ..decoding.decoder import GuidedDecoder
 
     return GuidedDecoder.from_pretrained(
         bundled.path("base") if base is None else base,
@@ -646,8 +646,8 @@ class _Screen:
 
     def _events(self, record: dict[str, Any]) -> Iterator["StreamEvent"]:
         """A record's tokens, as a stream gives them."""
-        from .decoder import StreamEvent
-        from .text import TextStream
+        from ..decoding.decoder import StreamEvent
+        from ..text import TextStream
 
         stream, tokens, text = TextStream(self._tokenizer, []), record["tokens"], record["text"]
         pieces = [stream.push(token, last=i == len(tokens)) for i, token in enumerate(tokens, start=1)]

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from . import loading, transformers_api
-from .transformers_api import Cache, CacheLayerMixin
+from ..models import loading, transformers_api
+from ..models.transformers_api import Cache, CacheLayerMixin
 
 Prompts = Sequence[Sequence[Sequence[int]]]
 """Token ids by row, then by operand."""
@@ -28,7 +28,7 @@ Prompts = Sequence[Sequence[Sequence[int]]]
 
 class Forward(Protocol):
     """What the engine needs of one forward pass. An operand is a model whose logits it gives: more than one where
-    models share their weights (`shared.py`).
+    models share their weights (`lora.py`).
     """
 
     operands: int

@@ -15,9 +15,9 @@ import torch
 
 from genarm_kernels.reference import BAD_ROW
 
+from ..errors import GenarmError, PromptError
+from ..text import TextStream
 from .engine import Begin, Drawn, Engine
-from .errors import GenarmError, PromptError
-from .text import TextStream
 
 _LOGGER = logging.getLogger("genarm")
 

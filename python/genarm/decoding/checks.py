@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import loading, transformers_api
+from ..models import loading, transformers_api
+from ..models.transformers_api import Cache
 from .forwards import Forward, LayerShape, PlainForward, PlainKind, StaticForward, StaticModels, UnsuitedError
-from .transformers_api import Cache
 
 # Parameters times tokens of a forward that a check may cost: what a device computes in about half a second.
 _AFFORDABLE = {"cuda": 5e13}

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import GenarmError
+from ..errors import GenarmError
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 # What a folder is loaded from, and what, where it is there, is read in its place.

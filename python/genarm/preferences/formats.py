@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from . import jsonl
-from .errors import GenarmError
+from .. import jsonl
+from ..errors import GenarmError
 
 Row = dict[str, Any]
 Messages = list[dict[str, Any]]

@@ -10,9 +10,9 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from . import jsonl
-from .errors import GenarmError
-from .loading import INSTALL_TRAIN, first_line
+from .. import jsonl
+from ..errors import GenarmError
+from ..models.loading import INSTALL_TRAIN, first_line
 
 # The hub's client has had two libraries beneath it; all that go wrong there are kinds of this.
 _HttpError: type[Exception] = HfHubHTTPError.__bases__[0]

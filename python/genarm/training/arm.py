@@ -22,12 +22,12 @@ from torch.nn import functional
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from . import loading, transformers_api
-from .errors import GenarmError
-from .identity import identity
-from .locking import lock
-from .preferences import encode_preferences, read_preferences
-from .transformers_api import Conv1D
+from ..errors import GenarmError
+from ..locking import lock
+from ..models import loading, transformers_api
+from ..models.identity import identity
+from ..models.transformers_api import Conv1D
+from ..preferences.pairs import encode_preferences, read_preferences
 
 
 def response_logps(

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from . import checks, shared, transformers_api
+from ..errors import GenarmError
+from ..models import transformers_api
+from . import checks, lora
 from .engine import Engine, Operand
-from .errors import GenarmError
 from .forwards import LayerShape, PlainForward, PlainKind, StaticForward, StaticModels
 
 _LOGGER = logging.getLogger("genarm")
@@ -215,7 +216,7 @@ class Provider:
             )
             return [Pass([i], model, [], kinds[i]) for i, model in enumerate(self._models.values())]
         shapes = [one for one in found.values() if not isinstance(one, str)]
-        found_parts = {i: shared.low_rank_parts(base, arm) for i, arm in enumerate(arms, start=1)}
+        found_parts = {i: lora.low_rank_parts(base, arm) for i, arm in enumerate(arms, start=1)}
         parts = {i: part for i, part in found_parts.items() if part is not None and self._options.share_weights}
         with_base = list(parts)
         joint = _joint(base, [arms[i - 1] for i in with_base], [parts[i] for i in with_base], shapes[0])
@@ -242,11 +243,11 @@ class Provider:
         return fit
 
 
-def _joint(base: Any, arms: Sequence[Any], parts: Sequence[dict[str, shared.LowRank]], shapes: list[LayerShape]) -> Any:
+def _joint(base: Any, arms: Sequence[Any], parts: Sequence[dict[str, lora.LowRank]], shapes: list[LayerShape]) -> Any:
     """The base with its adapters' rows in one pass, if each model's logits there are those that it gives alone."""
     if not arms:
         return None
-    model = shared.share(base, parts)
+    model = lora.share(base, parts)
     found = checks.attempt(lambda: checks.differs(StaticModels(model), shapes, [base, *arms]))
     why = "its logits differ there" if found is True else found
     if not why:

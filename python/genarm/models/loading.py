@@ -15,10 +15,10 @@ from transformers.utils import logging
 
 from genarm_kernels.validation import OPERAND_DTYPES
 
+from ..errors import GenarmError
+from ..tokens import added_tokens
 from . import transformers_api
-from .errors import GenarmError
 from .folders import check_folder
-from .tokens import added_tokens
 from .transformers_api import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, find_adapter_config_file
 
 _LOGGER = getLogger("genarm")

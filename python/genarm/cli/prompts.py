@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from . import jsonl
-from .errors import GenarmError
-from .locking import lock
+from .. import jsonl
+from ..errors import GenarmError
+from ..locking import lock
 
 _LARGEST = 3.4028234663852886e38  # of float32
 

@@ -1,0 +1,1 @@
+"""Guided decoding: `decoder.py` takes a request, `scheduler.py` leads its rows through the slots of `engine.py`."""
