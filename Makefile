@@ -52,9 +52,11 @@ LOCK = $(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version
 
 INSTALL = $(@D)/bin/python -m pip install --quiet --disable-pip-version-check
 
+# uv installs in seconds what pip takes minutes for; torch by pip, which knows where a machine keeps its own build.
 $(VENVS:=/locked): .%/locked: requirements/%.txt requirements/torch.txt
 	$(PYTHON) -m venv --clear $(@D)
-	$(INSTALL) --no-deps --only-binary :all: --requirement $<
+	$(INSTALL) $$(sed -n 's/^\(uv==[^ ]*\).*/\1/p' $<)
+	$(@D)/bin/uv pip install --quiet --python $(@D) --no-deps --only-binary :all: --require-hashes --requirement $<
 	$(INSTALL) --requirement requirements/torch.txt
 	touch $@
 

@@ -10,6 +10,7 @@ from genarm.decoding import lora, provision
 from genarm.decoding import scheduler as batching
 from genarm.decoding.engine import Begin, Drawn, Engine
 from genarm.decoding.forwards import StaticForward
+from genarm.decoding.request import Request
 from genarm.models import loading
 from genarm_kernels.backends import available_backends, interpreted
 from test_decoder import SMALL, byte_tokenizer, make_model
@@ -389,7 +390,8 @@ def test_rows_end_on_the_device(tokenizer):
     parameters = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     for eos in (None, "second"):
         engine.reset(parameters)
-        drawn = [engine.begin([0, 1], [Begin([ids], 0, 4 + b, 0, [], parameters) for b, ids in enumerate(prompts)])]
+        requests = [Request(prompt="", max_new_tokens=4 + b, temperature=0.0) for b in range(2)]
+        drawn = [engine.begin([0, 1], [Begin(one, [ids], 0, []) for one, ids in zip(requests, prompts, strict=True)])]
         drawn += [engine.step(2, 32) for _ in range(8)]
         tokens = [integers[0] for integers, _ in (one.read()[1] for one in drawn)]
         assert not engine._live.any()

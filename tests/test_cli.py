@@ -27,7 +27,9 @@ from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTo
 from transformers.utils import logging
 
 from genarm.cli import app as cli
+from genarm.cli.screen import Screen
 from genarm.decoding import checks
+from genarm.decoding.results import GenerationResult
 from genarm.training import arm as training
 from genarm_kernels import row_seed
 from genarm_kernels.backends import NAMES, cpu, why_unavailable
@@ -164,10 +166,10 @@ ERRORS = {
     "generate --base '' --prompt x": "--base: expected a folder or the name of a model",
     f"{BASE} --arm a=:1.5 --prompt x": "--arm 'a=:1.5': expected NAME=DIR or NAME=DIR:WEIGHT",
     "generate --arm helpful=:2 --prompt x": "--arm 'helpful=:2': expected NAME=DIR or NAME=DIR:WEIGHT",
-    f"{MODELS} --weight kind=1e39 --prompt x": "--weight of 'kind' is not finite in float32: 1e+39",
-    f"{BASE} --arm kind=kind:1e39 --prompt x": "--arm: weight of 'kind' is not finite in float32: 1e+39",
-    f"{MODELS} --temperature 1e39 --prompt x": "--temperature is not finite in float32: 1e+39",
-    f"{MODELS} --prompts huge.jsonl": "huge.jsonl:1: weight of 'kind' is not finite in float32: 1000",
+    f"{MODELS} --weight kind=1e39 --prompt x": "--weight of 'kind': expected a finite number, got 1e+39",
+    f"{BASE} --arm kind=kind:1e39 --prompt x": "--arm: weight of 'kind': expected a finite number, got 1e+39",
+    f"{MODELS} --temperature 1e39 --prompt x": "--temperature: expected a finite number of at least 0, got 1e+39",
+    f"{MODELS} --prompts huge.jsonl": "huge.jsonl:1: weight of 'kind': expected a finite number, got 1000",
     f"{MODELS} --prompts list.jsonl": "list.jsonl:1: is not an object",
     f"{MODELS} --prompts id.jsonl": "id.jsonl:1: id is not valid Unicode",
     f"{MODELS} --prompts name.jsonl": "name.jsonl:1: messages is not valid Unicode",
@@ -179,12 +181,12 @@ ERRORS = {
     f"{BASE} --arm a=odd --prompt x": "ARM 'a': its tokenizer differs from the base's: token 0 is '<s>', not '<bos>'",
     f"{MODELS} --weight rude=1 --prompt x": "--weight: no ARM is called 'rude'; there are: kind, terse",
     f"{MODELS} --prompts weights.jsonl": "weights.jsonl:2: weights: no ARM is called 'rude'; there are: kind, terse",
-    f"{BASE} --arm kind=kind:much --prompt x": "--arm: weight of 'kind' is not a number: 'much'",
-    f"{BASE} --arm kind=kind: --prompt x": "--arm: weight of 'kind' is not a number: ''",
+    f"{BASE} --arm kind=kind:much --prompt x": "--arm: weight of 'kind': expected a finite number, got 'much'",
+    f"{BASE} --arm kind=kind: --prompt x": "--arm: weight of 'kind': expected a finite number, got ''",
     f"{MODELS} --weight kind --prompt x": "--weight 'kind': expected NAME=WEIGHT, such as polite=0.5",
-    f"{MODELS} --weight kind=much --prompt x": "--weight of 'kind' is not a number: 'much'",
-    f"{MODELS} --weight kind=nan --prompt x": "--weight of 'kind' is not finite in float32: nan",
-    f"{MODELS} --prompts text.jsonl": "text.jsonl:2: weight of 'kind' is not a number: 'much'",
+    f"{MODELS} --weight kind=much --prompt x": "--weight of 'kind': expected a finite number, got 'much'",
+    f"{MODELS} --weight kind=nan --prompt x": "--weight of 'kind': expected a finite number, got nan",
+    f"{MODELS} --prompts text.jsonl": "text.jsonl:2: weight of 'kind': expected a finite number, got 'much'",
     f"{BASE} --arm kind --prompt x": "--arm 'kind': expected NAME=DIR or NAME=DIR:WEIGHT",
     f"{MODELS} --arm kind=terse --prompt x": "--arm: the name 'kind' is given twice",
     f"{MODELS} --prompts blank.jsonl": "blank.jsonl: has no prompts",
@@ -220,7 +222,7 @@ ERRORS = {
     "": "Missing command; see genarm --help\n",
     "train --base base --data good.jsonl": "Missing option '--out'; see genarm train --help\n",
     "train --base base --data nowhere.jsonl --out out": "nowhere.jsonl: cannot be read",
-    "train --base base --data good.jsonl --out out --beta=-1": "beta must be a positive number",
+    "train --base base --data good.jsonl --out out --beta=-1": "beta: expected a finite number above 0, got -1",
     "train --base base --data good.jsonl --out out --objective nicer": "objective: expected 'better' or 'safer', got",
     "train --base base --data good.jsonl --out out": "good.jsonl:1: columns of no known format: prompt; expected",
 }
@@ -405,22 +407,6 @@ def test_arms_that_only_look_on_count_alike(genarm: Genarm) -> None:
     assert any(expected)
 
 
-@pytest.mark.parametrize("text", [" red red fox", " red red", " re", "red red fox", "other", ""])
-def test_coloured_tokens_are_the_text(text: str) -> None:
-    """Also where the tokenizer drops the space that a text begins with, and where a stop string cuts the text."""
-    core = Tokenizer(models.WordLevel({"▁red": 0, "▁fox": 1, "?": 2}, "?"))
-    core.decoder = decoders.Metaspace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
-    assert tokenizer.decode([0, 0, 1]) == "red red fox"
-    nats = [-1.0, -2.0, -3.0]
-    record = {"text": text, "finish_reason": "stop", "tokens": [0, 0, 1], "rewards": {"kind": nats}}
-    record |= {"logprobs": nats, "base_logprobs": nats}
-    pieces = [piece for piece, _ in cli._Screen(tokenizer, rewards=True)._pieces(record, {"kind": 1.0})]
-    assert len(pieces) == 3 and "".join(pieces) == text
-    if text == " red red fox":
-        assert pieces == [" red", " red", " fox"]
-
-
 def test_a_terminal_gets_columns_and_colours(genarm: Genarm, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"FORCE_COLOR": "1", "COLORTERM": "truecolor", "TERM": "xterm", "COLUMNS": "60"}.items():
         monkeypatch.setenv(name, value)
@@ -440,10 +426,15 @@ def printable(text: str) -> str:
     return "".join(c for c in text if c.isprintable() and c != " ")
 
 
+def result(text: str) -> GenerationResult:
+    return GenerationResult([text], [[]], [[]], [[]], {}, ["length"], [])
+
+
 def test_columns_keep_long_words(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "60")
-    cli._Screen(None, rewards=False).show("", {"text": "x" * 100, "unguided": {"text": "y" * 100}}, {})
+    sides = {name: result(text * 100) for name, text in {"unguided": "x", "guided": "y"}.items()}
+    Screen(None, rewards=False).show("", sides, {})
     out = capsys.readouterr().out
     assert (out.count("x"), out.count("y")) == (100, 100)
 
@@ -676,13 +667,13 @@ def start(root: Path, line: str, **options: Any) -> subprocess.Popen[str]:
 KILLED = """
 import os, sys
 from genarm.cli import app as cli
-from genarm.cli import prompts
-append = prompts.Results.append
+from genarm.cli import results_file
+append = results_file.Results.append
 def append_and_die(self, records):
     append(self, records)
     if self.done == int(sys.argv[1]):
         os.kill(os.getpid(), int(sys.argv[2]))
-prompts.Results.append = append_and_die
+results_file.Results.append = append_and_die
 cli.main(sys.argv[3:])
 """
 

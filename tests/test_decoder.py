@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import oracle
-from genarm import GenarmError, GuidedDecoder, bundled, world
+from genarm import GenarmError, GuidedDecoder, Request, bundled, world
 from genarm.text import TextStream
 from genarm_kernels import row_seed
 
@@ -314,6 +314,58 @@ def test_finished_rows_do_not_run_off_a_position_table(tokenizer):
     decoder = GuidedDecoder(make_model("gpt2", max_position_embeddings=128), tokenizer)
     result = decoder.generate(["x" * 120, "x"], max_new_tokens=[8, 100], seed=4)
     assert [len(tokens) for tokens in result.tokens] == [8, 100]
+
+
+def test_requests_stand_for_arguments(decoder):
+    """One object per prompt, in `generate`, `generate_each`, `check` and `stream`; also with an ARM's own prompt."""
+    own = {
+        "max_new_tokens": [5, 6],
+        "temperature": [0.7, 0.0],
+        "top_k": [0, 5],
+        "top_p": [0.9, 1.0],
+        "min_p": [0.0, 0.1],
+    }
+    weights, seeds = [{"a": 1.0}, {"a": -0.5, "b": 2.0}], [3, 9]
+    arm_prompts = {"b": ["another", "prompt"]}
+    expected = decoder.generate(PROMPTS[:2], weights=weights, seed=seeds, stop="e", arm_prompts=arm_prompts, **own)
+    requests = [
+        Request(
+            prompt=PROMPTS[b],
+            weights=weights[b],
+            seed=seeds[b],
+            stop=("e",),
+            arm_prompts={"b": arm_prompts["b"][b]},
+            **{name: values[b] for name, values in own.items()},
+        )
+        for b in range(2)
+    ]
+    assert decoder.generate(requests) == expected
+    each = dict(decoder.generate_each(requests, batch_size=1))
+    assert [each[b].tokens[0] for b in range(2)] == expected.tokens
+    assert [event.token for event in decoder.stream(requests[1])] == expected.tokens[1]
+    assert decoder.generate(requests[1]).tokens == expected.tokens[1:]
+    defaults = decoder.generate(PROMPTS[0], max_new_tokens=4)
+    assert decoder.generate(Request(prompt=PROMPTS[0], max_new_tokens=4)) == defaults
+    assert ["".join(pieces) for pieces in expected.pieces] == expected.texts
+
+
+@pytest.mark.parametrize(
+    ("requests", "arguments", "match"),
+    [
+        ([Request(prompt="x"), "x"], {}, "prompt 1: expected a Request"),
+        ([Request(prompt="x")], {"top_p": 0.5}, "top_p: expected as a field of each Request"),
+        ([Request(prompt="x")], {"weights": {"a": 1.0}}, "weights: expected as a field"),
+        ([Request(prompt="x")], {"arm_prompts": {"a": ["x"]}}, "arm_prompts: expected as a field"),
+        ([Request(prompt="x"), Request(prompt="x", top_p=2.0)], {}, "prompt 1: top_p: expected a number from 0 to 1"),
+        ([Request(prompt="x", weights={"c": 1.0})], {}, "prompt 0: weights: no ARM is called 'c'"),
+        ([Request(prompt="x", weights=1.0)], {}, "prompt 0: weights: expected a mapping"),
+        ([Request(prompt="x", stop="e")], {}, "prompt 0: stop: expected"),
+    ],
+)
+def test_bad_requests(decoder, requests, arguments, match):
+    for call in (decoder.generate, decoder.check):
+        with pytest.raises(GenarmError, match=match):
+            call(requests, **arguments)
 
 
 BAD = {

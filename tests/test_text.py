@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from genarm import GenarmError, GuidedDecoder
+from genarm.decoding.results import Decoded
 from genarm.models.folders import check_folder
 from genarm.text import TextStream
 from genarm.tokens import encode_prompt
@@ -439,3 +440,28 @@ def test_eos_is_that_of_transformers_generate(where, tmp_path):
         (tmp_path / "generation_config.json").unlink()
     decoder = GuidedDecoder.from_pretrained(tmp_path, device="cpu")
     assert decoder._eos == {"generation_config": {5, 6}, "config": {7}, "nowhere": set()}[where]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "stop", "text"),
+    [
+        ([1], (), " red red fox"),
+        ([], (), "red red fox"),
+        ([1], ("fox",), " red red "),
+        ([1], ("d f",), " red re"),
+        ([1], ("red",), " "),
+        ([1], (" ",), ""),
+        ([1], ("foxes",), " red red fox"),
+    ],
+)
+def test_pieces_are_the_text(prompt, stop, text):
+    """Also where the tokenizer drops the space that a text begins with, and where a stop string cuts the text."""
+    core = Tokenizer(models.WordLevel({"▁red": 0, "▁fox": 1, "?": 2}, "?"))
+    core.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    decoded = Decoded(tokenizer, prompt, stop, shown=3)
+    pieces = decoded.pieces([0, 0, 1])
+    assert len(pieces) == 3 and "".join(pieces) == text
+    if text == " red red fox" and not stop:
+        assert pieces == [" red", " red", " fox"]
+    assert decoded._replace(shown=2).pieces([0, 0, 1])[2] == ""

@@ -3,19 +3,22 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .decoding.decoder import GenerationResult, GuidedDecoder, GuidedStream, StreamEvent
+    from .decoding.decoder import GuidedDecoder, GuidedStream
+    from .decoding.request import Request
+    from .decoding.results import GenerationResult, StreamEvent
     from .errors import GenarmError
     from .training.arm import train_arm
 
 _HOME = {
     "GenarmError": "errors",
-    "GenerationResult": "decoding.decoder",
+    "GenerationResult": "decoding.results",
     "GuidedDecoder": "decoding.decoder",
     "GuidedStream": "decoding.decoder",
-    "StreamEvent": "decoding.decoder",
+    "Request": "decoding.request",
+    "StreamEvent": "decoding.results",
     "train_arm": "training.arm",
 }
-__all__ = ["GenarmError", "GenerationResult", "GuidedDecoder", "GuidedStream", "StreamEvent", "train_arm"]
+__all__ = ["GenarmError", "GenerationResult", "GuidedDecoder", "GuidedStream", "Request", "StreamEvent", "train_arm"]
 
 
 def __getattr__(name: str) -> Any:

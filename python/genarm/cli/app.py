@@ -1,31 +1,30 @@
-"""The command line: `genarm generate`, `genarm train`, `genarm info`."""
+"""The commands: `genarm generate`, `genarm train`, `genarm bench`, `genarm info`."""
 
 # torch and transformers, which take seconds, are imported where they are used: `genarm --help` must not wait for them.
-import json
 import math
 import os
 import sys
 import warnings
-from bisect import bisect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
+from .. import arguments
 from ..errors import GenarmError, PromptError
 from . import prompts as prompting
-from .prompts import Prompt, Results
+from .prompts import Prompt
+from .results_file import Results
+from .screen import Screen, progress
 
 if TYPE_CHECKING:
-    from ..decoding.decoder import GenerationResult, GuidedDecoder, StreamEvent
+    from ..decoding.decoder import GuidedDecoder
+    from ..decoding.request import Request
+    from ..decoding.results import GenerationResult
 
 app = typer.Typer(
     help="Guide a frozen language model, token by token, with small autoregressive reward models (ARMs).",
@@ -44,17 +43,6 @@ _output = partial(typer.Option, rich_help_panel="Output")
 
 # Prompts that are decoded by one call, in batches: the rows of a file that finish early wait no longer than for these.
 _BATCHES_A_BLOCK = 8
-# Of a token's advantage over the base (see `_advantage`). Blue and red stay apart for the colour-blind.
-_BOUNDS = (-2.0, -1.0, -0.25, 0.25, 1.0, 2.0)
-_STYLES = (
-    "white on #b2182b",
-    "black on #ef8a62",
-    "black on #fddbc7",
-    "",
-    "black on #d1e5f0",
-    "black on #67a9cf",
-    "white on #2166ac",
-)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -154,7 +142,7 @@ def generate(
       genarm generate --base DIR --arm a=DIR:1.5 --prompts a.jsonl --out b.jsonl
       head -3 questions.txt | genarm generate --max-new-tokens 40
     """
-    prompting.check_number(temperature, "--temperature")
+    arguments.real("--temperature", temperature, 0)
     arms, weights = _arms(base, arm or [], weight or [])
     work = _prompts(prompt or [], prompts, arms)
     sampling: dict[str, Any] = {
@@ -173,12 +161,10 @@ def generate(
     settings |= {**sampling, "chat": chat, "dtype": dtype, "compare": compare}
     if out:
         settings["identity"] = _identities(base, arms, tokenizer)
-    rows: list[dict[str, Any]] = [
-        {"weights": {**weights, **one.weights}, "seed": _seed(seed, i)} for i, one in enumerate(work)
-    ]
+    requests = _requests(work, weights, seed, sampling)
     known = [
-        {"index": i, **one.record(), **row, "settings": settings}
-        for i, (one, row) in enumerate(zip(work, rows, strict=True))
+        {"index": i, **one.record(), "weights": request.weights, "seed": request.seed, "settings": settings}
+        for i, (one, request) in enumerate(zip(work, requests, strict=True))
     ]
     results = Results(out, known) if out else None
 
@@ -186,32 +172,30 @@ def generate(
     try:
         if done < len(work):
             decoder = _load(base, arms, tokenizer, device, dtype, backend)
-            chat = bool(decoder.tokenizer.chat_template) if chat is None else chat
-            contents = [_content(one, chat) for one in work]
+            if chat or (chat is None and decoder.tokenizer.chat_template):
+                requests = [_as_chat(one) for one in requests]
             with _named(work[done:]):
-                decoder.check(contents[done:], **_options(rows[done:]), **sampling)
-            screen = _Screen(decoder.tokenizer, rewards and not results)
+                decoder.check(requests[done:])
+            screen = Screen(decoder.tokenizer, rewards and not results)
             if len(work) == 1 and not results and not compare:
                 with _named(work):
-                    prompt_or_chat = {"prompt" if isinstance(contents[0], str) else "messages": contents[0]}
-                    screen.stream(decoder.stream(**prompt_or_chat, **rows[0], **sampling), rows[0]["weights"])
+                    screen.stream(decoder.stream(requests[0]), requests[0].weights or {})
                 return
-            with _progress(screen.console, results is not None, len(work), done) as advance:
+            with progress(screen.console, results is not None, len(work), done) as advance:
                 # Blocks are cut alike however much is done, and begun at their first prompt, so that the float noise of
                 # the forwards is the same too.
                 block = _BATCHES_A_BLOCK * batch_size
                 for start in range(done - done % block, len(work), block):
                     part = slice(start, start + block)
                     with _named(work[part]):
-                        records = _decode(decoder, contents[part], rows[part], sampling, compare, batch_size)
-                        for i, record in enumerate(records, start):
+                        for i, sides in enumerate(_decode(decoder, requests[part], compare, batch_size), start):
                             if i < done:
                                 continue
                             if results:
-                                results.append([record])
+                                results.append([_record(sides)])
                             else:
                                 title = f"=== {i + 1}/{len(work)}: {work[i].title()}\n" if len(work) > 1 else ""
-                                screen.show(title, record, rows[i]["weights"])
+                                screen.show(title, sides, requests[i].weights or {})
                             done += 1
                             advance(1)
     except KeyboardInterrupt:
@@ -410,7 +394,7 @@ def _arms(
         path, colon, weight = folder.rpartition(":")
         # A colon may be part of a path: the folder exists, or goes on after the colon (C:\models).
         if colon and not Path(folder).exists() and not {"/", "\\"} & set(weight):
-            folder, values[name] = path, prompting.number(weight, f"--arm: weight of {name!r}")
+            folder, values[name] = path, arguments.number(f"--arm: weight of {name!r}", weight)
         if not name or not folder:
             raise GenarmError(f"--arm {spec!r}: expected NAME=DIR or NAME=DIR:WEIGHT")
         folders[name] = folder
@@ -419,8 +403,8 @@ def _arms(
         name, equals, weight = spec.partition("=")
         if not equals:
             raise GenarmError(f"--weight {spec!r}: expected NAME=WEIGHT, such as polite=0.5")
-        prompting.check_arm(name, folders, "--weight")
-        values[name] = prompting.number(weight, f"--weight of {name!r}")
+        arguments.arm_name(name, folders, "--weight")
+        values[name] = arguments.number(f"--weight of {name!r}", weight)
     return folders, values
 
 
@@ -486,26 +470,29 @@ def _load(
     )
 
 
-def _seed(seed: int, prompt: int) -> int:
-    """The prompt's own, as one number given to the decoder seeds them."""
+def _requests(
+    work: Sequence[Prompt], weights: Mapping[str, float], seed: int, sampling: Mapping[str, Any]
+) -> list["Request"]:
+    """The prompts as the decoder takes them, texts still as they are."""
     from genarm_kernels import row_seed
 
+    from ..decoding.request import Request
+
     try:
-        return row_seed(seed, prompt)
+        seeds = [row_seed(seed, i) for i in range(len(work))]  # as one number given to the decoder seeds its prompts
     except ValueError as error:
         raise GenarmError(f"--{error}") from None
+    return [
+        Request(prompt=one.content, weights={**weights, **one.weights}, seed=own, **sampling)
+        for one, own in zip(work, seeds, strict=True)
+    ]
 
 
-def _content(prompt: Prompt, chat: bool) -> Any:
-    """What the decoder is given: text, or messages."""
-    if chat and isinstance(prompt.content, str):
-        return [{"role": "user", "content": prompt.content}]
-    return prompt.content
-
-
-def _options(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The decoder's arguments that have a value a prompt."""
-    return {name: [row[name] for row in rows] for name in ("weights", "seed")}
+def _as_chat(request: "Request") -> "Request":
+    """With its text as a user's message."""
+    if not isinstance(request.prompt, str):
+        return request
+    return replace(request, prompt=[{"role": "user", "content": request.prompt}])
 
 
 @contextmanager
@@ -518,163 +505,35 @@ def _named(work: Sequence[Prompt]) -> Iterator[None]:
 
 
 def _decode(
-    decoder: "GuidedDecoder",
-    contents: list[Any],
-    rows: list[dict[str, Any]],
-    sampling: dict[str, Any],
-    compare: bool,
-    batch_size: int,
-) -> Iterator[dict[str, Any]]:
-    """Results in the order of the prompts, as they are written; with `compare`, each holds the unguided one too."""
-    options: dict[str, list[Any]] = _options(rows)
-    copies = 1 + compare
-    if compare:
-        contents = [one for one in contents for _ in range(2)]
-        options["weights"] = [one for own in options["weights"] for one in (own, dict[str, float]())]
-        options["seed"] = [seed for seed in options["seed"] for _ in range(2)]
-    finished: dict[int, dict[str, Any]] = {}
-    next_one = 0
+    decoder: "GuidedDecoder", requests: Sequence["Request"], compare: bool, batch_size: int
+) -> Iterator[dict[str, "GenerationResult"]]:
+    """The results of each request, in their order: its own, or with `compare` "unguided" and "guided"."""
+    names = ("unguided", "guided") if compare else ("",)
+    several = [replace(one, weights={}) if name == "unguided" else one for one in requests for name in names]
+    finished: dict[int, GenerationResult] = {}
+    start = 0
     try:
-        for i, result in decoder.generate_each(contents, batch_size=batch_size, **options, **sampling):
-            finished[i] = _record(result)
-            while all(next_one + copy in finished for copy in range(copies)):
-                record = finished.pop(next_one)
-                if compare:
-                    record["unguided"] = finished.pop(next_one + 1)
-                yield record
-                next_one += copies
+        for i, result in decoder.generate_each(several, batch_size=batch_size):
+            finished[i] = result
+            while all(start + k in finished for k in range(len(names))):
+                yield {name: finished.pop(start + k) for k, name in enumerate(names)}
+                start += len(names)
     except PromptError as error:
-        raise PromptError(error.index // copies, error.problem) from error
+        raise PromptError(error.index // len(names), error.problem) from error
 
 
-def _record(result: "GenerationResult") -> dict[str, Any]:
+def _record(sides: Mapping[str, "GenerationResult"]) -> dict[str, Any]:
     """What a line of results says about one prompt; a millionth of a nat is enough."""
-    (text,), (tokens,), (reason,) = result.texts, result.tokens, result.finish_reasons
+    *_, result = sides.values()
     nats = {"logprobs": result.logprobs[0], "base_logprobs": result.base_logprobs[0]}
-    return {
-        "text": text,
-        "finish_reason": reason,
-        "tokens": tokens,
+    record = {
+        "text": result.texts[0],
+        "finish_reason": result.finish_reasons[0],
+        "tokens": result.tokens[0],
         **{name: [round(x, 6) for x in values] for name, values in nats.items()},
         "rewards": {name: [round(x, 6) for x in values] for name, (values,) in result.rewards.items()},
     }
-
-
-@contextmanager
-def _progress(screen: Console, quiet: bool, total: int, done: int) -> Iterator[Callable[[float], None]]:
-    """A bar on stderr, or below what is printed where that goes to a terminal too; none without a terminal."""
-    console = screen if screen.is_terminal and not quiet else Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda _: None
-        return
-    columns = TextColumn("decoding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(
-        *columns,
-        console=console,
-        transient=True,
-        redirect_stdout=False,
-        redirect_stderr=False,
-    ) as bar:
-        task = bar.add_task("", total=total, completed=done)
-        yield partial(bar.advance, task)
-
-
-class _Screen:
-    """Standard output: colours and columns on a terminal, elsewhere plain text, with a table of tokens for rewards."""
-
-    def __init__(self, tokenizer: Any, rewards: bool) -> None:
-        self.console = Console(highlight=False)
-        self._tokenizer, self._rewards = tokenizer, rewards
-        if rewards and self.console.is_terminal:
-            below, above = [f" < {x:g} " for x in _BOUNDS[:3]], [f" > {x:g} " for x in _BOUNDS[3:]]
-            parts = zip([*below, " near 0 ", *above], _STYLES, strict=True)
-            self.console.print(Text.assemble("advantage over the base, in nats: ", *parts, "\n"))
-
-    def stream(self, events: Iterable["StreamEvent"], weights: Mapping[str, float]) -> None:
-        """One prompt's tokens, as they are drawn."""
-        if self._rewards and not self.console.is_terminal:
-            self._table(events, weights)
-            return
-        for event in events:
-            self._print(event.text, self._style(event, weights))
-        self._print("\n")
-
-    def show(self, title: str, record: dict[str, Any], weights: Mapping[str, float]) -> None:
-        """A finished prompt: what `_decode` gave for it."""
-        self._print(title, "bold")
-        sides = {"unguided": record["unguided"], "guided": record} if "unguided" in record else {"": record}
-        if len(sides) > 1 and self.console.is_terminal:
-            columns = Table(box=box.SIMPLE_HEAD, expand=True)
-            for name in sides:
-                columns.add_column(name, ratio=1, overflow="fold")  # not "..." in place of text
-            cells = [Text.assemble(*self._pieces(side, weights)) for side in sides.values()]
-            # A continuation often begins with a space, which would look like an indented first line.
-            columns.add_row(*[cell[len(cell) - len(cell.plain.lstrip()) :] for cell in cells])
-            self.console.print(columns)
-            return
-        for name, side in sides.items():
-            self._print(f"--- {name}\n" if name else "")
-            if self._rewards and not self.console.is_terminal:
-                self._table(self._events(side), weights)
-            else:
-                for text, style in self._pieces(side, weights):
-                    self._print(text, style)
-                self._print("\n")
-        self._print("\n" if title else "")
-
-    def _print(self, text: str, style: str = "") -> None:
-        if self.console.is_terminal:
-            self.console.print(Text(text, style), end="", soft_wrap=True)
-        else:
-            typer.echo(text, nl=False)  # rich would turn tabs into spaces
-
-    def _pieces(self, record: dict[str, Any], weights: Mapping[str, float]) -> list[tuple[str, str]]:
-        """A record's text with its styles."""
-        if not self._rewards:
-            return [(record["text"], "")]
-        return [(event.text, self._style(event, weights)) for event in self._events(record)]
-
-    def _table(self, events: Iterable["StreamEvent"], weights: Mapping[str, float]) -> None:
-        typer.echo("\t".join(["token", *weights, "advantage"]))
-        for event in events:
-            token = json.dumps(self._tokenizer.decode([event.token]), ensure_ascii=False)  # it may be a tab
-            numbers = [*(event.rewards[name] for name in weights), _advantage(event, weights)]
-            typer.echo("\t".join([token, *[f"{x:.3f}" for x in numbers]]))
-
-    def _style(self, event: "StreamEvent", weights: Mapping[str, float]) -> str:
-        return _STYLES[bisect(_BOUNDS, _advantage(event, weights))] if self._rewards else ""
-
-    def _events(self, record: dict[str, Any]) -> Iterator["StreamEvent"]:
-        """A record's tokens, as a stream gives them."""
-        from ..decoding.decoder import StreamEvent
-        from ..text import TextStream
-
-        stream, tokens, text = TextStream(self._tokenizer, []), record["tokens"], record["text"]
-        pieces = [stream.push(token, last=i == len(tokens)) for i, token in enumerate(tokens, start=1)]
-        # Decoded without the prompt, the first piece may lack what the text begins with (SentencePiece drops a leading
-        # space); the last ones may be what the text leaves out (a stop string).
-        start, end = 0, next(i for i in range(len(text) + 1) if stream.text.startswith(text[i:]))
-        for i, (token, piece) in enumerate(zip(tokens, pieces, strict=True)):
-            end += len(piece)
-            yield StreamEvent(
-                text=text[start:end],
-                token=token,
-                logprob=record["logprobs"][i],
-                base_logprob=record["base_logprobs"][i],
-                rewards={name: values[i] for name, values in record["rewards"].items()},
-                finish_reason=record["finish_reason"] if i + 1 == len(tokens) else None,
-            )
-            start = end
-
-
-def _advantage(event: "StreamEvent", weights: Mapping[str, float]) -> float:
-    """How far the ARMs prefer a token more than the base does: sum_i weight_i * (log ARM_i - log base), in nats.
-
-    ARMs that all have weight 0, and so only look on, count alike.
-    """
-    if not any(weights.values()):
-        weights = dict.fromkeys(weights, 1.0)
-    return sum(weight * (event.rewards[name] - event.base_logprob) for name, weight in weights.items())
+    return record | ({"unguided": _record({"": sides["unguided"]})} if "unguided" in sides else {})
 
 
 def _size(folder: Path) -> str:

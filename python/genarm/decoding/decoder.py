@@ -6,68 +6,24 @@ prompts -> token ids -> [base forward | ARM forwards] -> guided_step -> tokens -
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from inspect import signature
-from numbers import Integral, Real
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
-from genarm_kernels import backends, row_seed, validation
+from genarm_kernels import backends, validation
 
-from ..cli.prompts import check_arm
-from ..errors import GenarmError, PromptError
-from ..models import adapters, loading, transformers_api
+from ..arguments import arm_name, integer, real
+from ..errors import GenarmError
+from ..models import adapters, loading
 from ..text import TextStream
-from ..tokens import encode_prompt
 from .provision import ModelPath, Options, Provider
+from .request import Messages, PerPrompt, Request, Weights, encode, requests
+from .results import Decoded, GenerationResult, StreamEvent
 from .scheduler import Row, Run
 
 _LOGGER = logging.getLogger("genarm")
-
-Messages: TypeAlias = Sequence[Mapping[str, str]]
-PerPrompt: TypeAlias = float | Sequence[float]
-_MAX_FLOAT32 = torch.finfo(torch.float32).max
-Weights: TypeAlias = Mapping[str, PerPrompt] | Sequence[Mapping[str, float]] | None
-
-
-@dataclass(frozen=True)
-class GenerationResult:
-    """What `GuidedDecoder.generate` made of B prompts: lists over prompts, in their order.
-
-    The last token of a row is the one that ended it: the EOS token, or the token that completed a stop string; `texts`
-    show neither.
-    """
-
-    texts: list[str]
-    """The continuations, without special tokens, cut before the first stop string. Bytes that are no character are
-    shown as U+FFFD.
-    """
-    tokens: list[list[int]]
-    """The ids drawn."""
-    logprobs: list[list[float]]
-    """Nats per token: the guided distribution at the temperature used, before the filters."""
-    base_logprobs: list[list[float]]
-    """Nats per token: the base model's own, at temperature 1."""
-    rewards: dict[str, list[list[float]]]
-    """By ARM, nats per token: log pi_r(token | prefix), the token-level reward, whatever the ARM's weight."""
-    finish_reasons: list[str]
-    """"eos", "stop" (a stop string) or "length" (max_new_tokens)."""
-
-
-@dataclass(frozen=True)
-class StreamEvent:
-    """One token of a stream. Log-probabilities and rewards are those of `GenerationResult`, for this token."""
-
-    text: str
-    """What can be shown now; "" while a character or a possible stop string is incomplete."""
-    token: int
-    logprob: float
-    base_logprob: float
-    rewards: dict[str, float]
-    finish_reason: str | None
-    """None until the last event of the stream."""
 
 
 class GuidedDecoder:
@@ -117,7 +73,7 @@ class GuidedDecoder:
         """
         tokenizers = dict(arm_tokenizers or {})
         for name in tokenizers:
-            check_arm(name, arms or {}, "arm_tokenizers")
+            arm_name(name, arms or {}, "arm_tokenizers")
         adapters.check_models(base, arms or {})
         self._base = loading.LoadedModel(base.eval(), tokenizer)
         self._arms = {
@@ -215,18 +171,18 @@ class GuidedDecoder:
 
     def generate(
         self,
-        prompts: str | Sequence[str | Messages] | None = None,
+        prompts: str | Request | Sequence[str | Messages | Request] | None = None,
         *,
         messages: Messages | Sequence[Messages] | None = None,
         arm_prompts: Mapping[str, Sequence[str | Messages]] | None = None,
         weights: Weights = None,
-        max_new_tokens: int | Sequence[int] = 128,
-        temperature: PerPrompt = 1.0,
-        top_k: int | Sequence[int] = 0,
-        top_p: PerPrompt = 1.0,
-        min_p: PerPrompt = 0.0,
-        seed: int | Sequence[int] = 0,
-        stop: str | Sequence[str] = (),
+        max_new_tokens: int | Sequence[int] = Request.max_new_tokens,
+        temperature: PerPrompt = Request.temperature,
+        top_k: int | Sequence[int] = Request.top_k,
+        top_p: PerPrompt = Request.top_p,
+        min_p: PerPrompt = Request.min_p,
+        seed: int | Sequence[int] = Request.seed,
+        stop: str | Sequence[str] = Request.stop,
         batch_size: int | None = None,
     ) -> GenerationResult:
         """Continues every prompt until its EOS token, a stop string or max_new_tokens.
@@ -236,13 +192,14 @@ class GuidedDecoder:
 
         Args:
             prompts: one prompt or many, of any lengths (a chat may stand among many), tokenised with BOS where the
-                tokenizer adds it, and without the EOS that some append; an empty one is BOS alone; or
+                tokenizer adds it, and without the EOS that some append; an empty one is BOS alone. Or a `Request`, or
+                many, which hold all the arguments but batch_size. Or
             messages: one chat or many (lists of {"role", "content"}), rendered by the tokenizer's chat template.
             arm_prompts: by ARM, the prompts (or chats) it sees in place of the base's; the continuation is shared.
-            weights: by ARM, a number or one a prompt; or a mapping a prompt. An ARM left out has weight 0; None gives
-                every ARM weight 1. See `guided_step` for what weights mean.
-            max_new_tokens, temperature, top_k, top_p, min_p: a number or one a prompt, as `guided_step` has them.
-            seed: a number s gives prompt b the seed `genarm_kernels.row_seed(s, b)`; or one a prompt. Position is the
+            weights: by ARM, a number or one per prompt; or one mapping per prompt. An ARM left out has weight 0; None
+                gives every ARM weight 1. See `guided_step` for what weights mean.
+            max_new_tokens, temperature, top_k, top_p, min_p: a number or one per prompt, as `guided_step` has them.
+            seed: a number s gives prompt b the seed `genarm_kernels.row_seed(s, b)`; or one per prompt. Position is the
                 index in the continuation.
             stop: strings that end a continuation, wherever tokens begin and end. They may name special tokens, such as
                 "<|im_end|>\\n", though `texts` are without these.
@@ -254,32 +211,82 @@ class GuidedDecoder:
                 at fault): an ARM name that is not loaded, a number out of range, a prompt longer than a model allows,
                 messages without a chat template, ... While decoding: logits that hold NaN or infinity.
         """
-        rows = self._rows(
-            self._request(
-                prompts, messages, arm_prompts, weights, max_new_tokens, temperature, top_k, top_p, min_p, seed, stop
-            )
+        given = requests(
+            self.arm_names,
+            prompts,
+            messages,
+            arm_prompts,
+            weights,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            stop=stop,
         )
+        rows = self._rows(given)
         for _ in self._decode(rows, _batch_size(batch_size)):
             pass
         return self._result(rows)
 
     def generate_each(
-        self, prompts: str | Sequence[str | Messages] | None = None, **arguments: Any
+        self, prompts: str | Request | Sequence[str | Messages | Request] | None = None, **arguments: Any
     ) -> Iterator[tuple[int, GenerationResult]]:
-        """`generate`, a prompt at a time: (index of the prompt, its result alone), in the order in which they finish.
+        """`generate`, one prompt at a time: (index of the prompt, its result alone), in the order in which they finish.
 
         Arguments and errors as in `generate`; what has been given out stays when a later prompt fails.
         """
-        request, batch_size = self._checked(prompts, arguments)
-        steps = self._decode(self._rows(request), batch_size)
+        given, batch_size = self._bound(prompts, arguments)
+        steps = self._decode(self._rows(given), batch_size)
         return ((row.index, self._result([row])) for _, grown in steps for row in grown if row.finish_reason)
 
-    def check(self, prompts: str | Sequence[str | Messages] | None = None, **arguments: Any) -> None:
+    def check(
+        self, prompts: str | Request | Sequence[str | Messages | Request] | None = None, **arguments: Any
+    ) -> None:
         """Raises what `generate` with the same arguments would raise before decoding; touches no model."""
-        self._checked(prompts, arguments)
+        self._rows(self._bound(prompts, arguments)[0])
 
-    def _checked(self, prompts: Any, arguments: dict[str, Any]) -> tuple["_Request", int | None]:
-        """The arguments of `generate`, with its defaults."""
+    def stream(
+        self,
+        prompt: str | Request | None = None,
+        *,
+        messages: Messages | None = None,
+        arm_prompts: Mapping[str, str | Messages] | None = None,
+        weights: Mapping[str, float] | None = None,
+        max_new_tokens: int = Request.max_new_tokens,
+        temperature: float = Request.temperature,
+        top_k: int = Request.top_k,
+        top_p: float = Request.top_p,
+        min_p: float = Request.min_p,
+        seed: int = Request.seed,
+        stop: str | Sequence[str] = Request.stop,
+    ) -> "GuidedStream":
+        """An iterator of `StreamEvent`, one per token of one prompt; arguments and errors as in `generate`.
+
+        The tokens are those of `generate` with the same arguments, unless the weights are changed on the way.
+        """
+        if prompt is not None and not isinstance(prompt, (str, Request)):
+            raise TypeError(f"prompt: stream takes one str or Request, got {type(prompt).__name__}")
+        given = requests(
+            self.arm_names,
+            prompt,
+            messages,
+            {name: [one] for name, one in (arm_prompts or {}).items()},
+            weights,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            stop=stop,
+        )
+        (row,) = self._rows(given, streaming=True)
+        return GuidedStream(row, self._decode([row]), self.arm_names)
+
+    def _bound(self, prompts: Any, arguments: dict[str, Any]) -> tuple[list[Request], int | None]:
+        """The requests, and the batch size, of arguments of `generate` that are yet without its defaults."""
         try:
             bound = signature(GuidedDecoder.generate).bind(self, prompts, **arguments)
         except TypeError as error:
@@ -287,112 +294,21 @@ class GuidedDecoder:
         bound.apply_defaults()
         del bound.arguments["self"]
         batch_size = _batch_size(bound.arguments.pop("batch_size"))
-        return self._request(**bound.arguments), batch_size
+        return requests(self.arm_names, **bound.arguments), batch_size
 
-    def _result(self, rows: Sequence[Row]) -> GenerationResult:
-        return GenerationResult(
-            texts=[row.finish_text() for row in rows],
-            tokens=[row.tokens for row in rows],
-            logprobs=[row.logprobs for row in rows],
-            base_logprobs=[row.base_logprobs for row in rows],
-            rewards={name: [row.rewards[name] for row in rows] for name in self._arms},
-            finish_reasons=[row.finish_reason or "length" for row in rows],
-        )
-
-    def stream(
-        self,
-        prompt: str | None = None,
-        *,
-        messages: Messages | None = None,
-        arm_prompts: Mapping[str, str | Messages] | None = None,
-        weights: Mapping[str, float] | None = None,
-        max_new_tokens: int = 128,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        seed: int = 0,
-        stop: str | Sequence[str] = (),
-    ) -> "GuidedStream":
-        """An iterator of `StreamEvent`, one a token of one prompt; arguments and errors as in `generate`.
-
-        The tokens are those of `generate` with the same arguments, unless the weights are changed on the way.
-        """
-        if prompt is not None and not isinstance(prompt, str):
-            raise TypeError(f"prompt: stream takes one str, got {type(prompt).__name__}")
-        own = {name: [one] for name, one in (arm_prompts or {}).items()}
-        request = self._request(
-            prompt, messages, own, weights, max_new_tokens, temperature, top_k, top_p, min_p, seed, stop
-        )
-        (row,) = self._rows(request, streaming=True)
-        return GuidedStream(row, self._decode([row]), self.arm_names)
-
-    def _request(
-        self,
-        prompts: str | Sequence[str | Messages] | None,
-        messages: Any,
-        arm_prompts: Mapping[str, Sequence[str | Messages]] | None,
-        weights: Weights,
-        max_new_tokens: int | Sequence[int],
-        temperature: PerPrompt,
-        top_k: int | Sequence[int],
-        top_p: PerPrompt,
-        min_p: PerPrompt,
-        seed: int | Sequence[int],
-        stop: str | Sequence[str],
-    ) -> "_Request":
-        """Everything that can be checked before decoding, checked; on the host alone."""
-        inputs = _inputs(prompts, messages)
-        texts = [_render(i, self.tokenizer, one) for i, one in enumerate(inputs)]
-        ids = [_encode(self._base.tokenizer, texts)]
-        own_prompts = dict(arm_prompts or {})
-        for name in own_prompts:
-            check_arm(name, self._arms, "arm_prompts")
-        for name, arm in self._arms.items():
-            own_texts = texts
-            if name in own_prompts:
-                own = _inputs(own_prompts[name], None)
-                if len(own) != len(inputs):
-                    raise GenarmError(f"arm_prompts[{name!r}]: expected {len(inputs)} prompts, got {len(own)}")
-                own_texts = [_render(i, arm.tokenizer, one) for i, one in enumerate(own)]
-            ids.append(_encode(arm.tokenizer, own_texts))
-
-        rows = len(inputs)
-        limits = _ints("max_new_tokens", max_new_tokens, rows, low=1)
-        labels = ["the base", *(f"ARM {name!r}" for name in self._arms)]
-        for label, loaded, own_ids in zip(labels, (self._base, *self._arms.values()), ids, strict=True):
-            _check_prompts(label, loaded.model, own_ids, limits)
-        stops = [stop] if isinstance(stop, str) else list(stop) if isinstance(stop, Sequence) else [stop]
-        if not all(isinstance(text, str) and text for text in stops):
-            raise GenarmError(f"stop: expected non-empty strings, got {stop!r}")
-        return _Request(
-            ids=ids,
-            limits=limits,
-            weights=self._weights(weights, rows),
-            parameters={
-                "temperature": _floats("temperature", temperature, rows, 0.0),
-                "top_k": [max(0, min(k, 2**31 - 1)) for k in _ints("top_k", top_k, rows)],
-                "top_p": _floats("top_p", top_p, rows, 0.0, 1.0),
-                "min_p": _floats("min_p", min_p, rows, 0.0, 1.0),
-            },
-            seeds=_seeds(seed, rows),
-            stop=stops,
-        )
-
-    def _rows(self, request: "_Request", streaming: bool = False) -> list[Row]:
+    def _rows(self, given: Sequence[Request], streaming: bool = False) -> list[Row]:
+        """One row per checked request, its prompts as token ids: all that the host does before decoding."""
         return [
             Row(
                 index=b,
-                prompts=[ids[b] for ids in request.ids],
-                limit=request.limits[b],
-                seed=request.seeds[b],
-                weights=request.weights[b],
-                parameters={name: values[b] for name, values in request.parameters.items()},
-                text=TextStream(self.tokenizer, request.ids[0][b], request.stop),
+                request=request,
+                prompts=prompts,
+                weights=list((request.weights or {}).values()),
+                text=TextStream(self.tokenizer, prompts[0], request.stop),
                 incremental=streaming or bool(request.stop),
                 rewards={name: [] for name in self._arms},
             )
-            for b in range(len(request.limits))
+            for b, (request, prompts) in enumerate(zip(given, encode(given, self._base, self._arms), strict=True))
         ]
 
     def _decode(self, rows: list[Row], batch_size: int | None = None) -> Iterator[tuple[Run, list[Row]]]:
@@ -414,22 +330,16 @@ class GuidedDecoder:
             if sound:
                 self._provider.give_back(engine)
 
-    def _weights(self, weights: Weights, rows: int) -> list[list[float]]:
-        """`[B][N]`, from what `generate` accepts."""
-        if weights is None:
-            return [[1.0] * len(self._arms) for _ in range(rows)]
-        if isinstance(weights, Mapping):
-            columns = _named_floats(weights, self._arms, rows)
-            by_row = [{name: column[b] for name, column in columns.items()} for b in range(rows)]
-        elif not isinstance(weights, Sequence) or not all(isinstance(row, Mapping) for row in weights):
-            raise GenarmError(f"weights: expected a mapping of ARM names to numbers, or one a prompt, got {weights!r}")
-        elif len(weights) != rows:
-            raise GenarmError(f"weights: expected one mapping or {rows}, one a prompt, got {len(weights)}")
-        else:
-            by_row = [
-                {name: values[0] for name, values in _named_floats(row, self._arms, 1).items()} for row in weights
-            ]
-        return [[row.get(name, 0.0) for name in self._arms] for row in by_row]
+    def _result(self, rows: Sequence[Row]) -> GenerationResult:
+        return GenerationResult(
+            texts=[row.finish_text() for row in rows],
+            tokens=[row.tokens for row in rows],
+            logprobs=[row.logprobs for row in rows],
+            base_logprobs=[row.base_logprobs for row in rows],
+            rewards={name: [row.rewards[name] for row in rows] for name in self._arms},
+            finish_reasons=[row.finish_reason or "length" for row in rows],
+            _decoded=[Decoded(self.tokenizer, row.prompts[0], row.request.stop, len(row.text_tokens)) for row in rows],
+        )
 
 
 class GuidedStream:
@@ -458,24 +368,13 @@ class GuidedStream:
     def set_weights(self, weights: Mapping[str, float]) -> None:
         """The next token uses these; an ARM left out keeps its weight. GenarmError on an unknown name or bad number."""
         new = list(self._row.weights)
-        for name, values in _named_floats(weights, self._arm_names, 1).items():
-            new[self._arm_names.index(name)] = values[0]
+        for name, value in weights.items():
+            arm_name(name, self._arm_names, "weights")
+            new[self._arm_names.index(name)] = real(f"weights[{name!r}]", value)
         if self._run is None:
             self._row.weights = new
         else:
             self._run.set_weights(self._row, new)
-
-
-@dataclass(frozen=True)
-class _Request:
-    """A checked request; lists over prompts."""
-
-    ids: list[list[list[int]]]  # of the base's prompts, then of each ARM's
-    limits: list[int]
-    weights: list[list[float]]
-    parameters: dict[str, list[Any]]  # of guided_step
-    seeds: list[int]
-    stop: list[str]
 
 
 def _eos(base: Any, tokenizer: Any, vocab_size: int) -> frozenset[int]:
@@ -505,97 +404,5 @@ def _check_backend(name: str, device_type: str) -> str:
     return name
 
 
-def _inputs(prompts: Any, messages: Any) -> list[str | Messages]:
-    """A list of prompts (str) and chats (lists of messages)."""
-    if (prompts is None) == (messages is None):
-        raise GenarmError("give either prompts or messages")
-    if isinstance(prompts, str):
-        return [prompts]
-    several = messages if prompts is None else prompts
-    if not isinstance(several, Sequence) or isinstance(several, (str, bytes)):
-        raise GenarmError(f"prompts: expected a str or a sequence of prompts, got {type(several).__name__}")
-    one_chat = prompts is None and len(several) > 0 and isinstance(several[0], Mapping)
-    return [several] if one_chat else list(several)
-
-
-def _render(index: int, tokenizer: Any, one: Any) -> tuple[str, bool]:
-    """The text of a prompt or a chat, and whether the tokenizer is to add its special tokens (a template has them)."""
-    if isinstance(one, str):
-        return one, True
-    chat = isinstance(one, Sequence) and not isinstance(one, bytes) and len(one) > 0
-    if not chat or not all(isinstance(message, Mapping) and {"role", "content"} <= set(message) for message in one):
-        raise PromptError(index, "expected a str, or messages with 'role' and 'content'")
-    if not tokenizer.chat_template:
-        raise PromptError(index, "the tokenizer has no chat template; give the prompt as text")
-    try:
-        return tokenizer.apply_chat_template(list(one), tokenize=False, add_generation_prompt=True), False
-    except Exception as error:  # a template is a program of its own and may raise anything
-        raise PromptError(index, f"the chat template rejects the messages: {error}") from error
-
-
-def _encode(tokenizer: Any, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
-    encoded = [encode_prompt(tokenizer, text, special) for text, special in texts]
-    for i, ids in enumerate(encoded):
-        if not ids:
-            raise PromptError(i, "has no tokens: it is empty, and the tokenizer puts no BOS before it; give some text")
-    return encoded
-
-
-def _check_prompts(label: str, model: Any, prompts: list[list[int]], limits: list[int]) -> None:
-    """PromptError unless the model has the prompts' tokens and room for them and their continuations."""
-    positions, embeddings = transformers_api.max_positions(model), loading.embeddings(model)
-    for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        # The last token drawn is not fed again.
-        if positions is not None and len(prompt) + limit - 1 > positions:
-            raise PromptError(
-                i,
-                f"{len(prompt)} tokens and {limit} new ones are more than the {positions} positions of {label}",
-            )
-        if max(prompt) >= embeddings:
-            raise PromptError(i, f"its token {max(prompt)} lies outside the {embeddings} tokens of {label}")
-
-
 def _batch_size(value: int | None) -> int | None:
-    return None if value is None else _ints("batch_size", value, 1, low=1)[0]
-
-
-def _named_floats(weights: Mapping[str, Any], arms: Iterable[str], rows: int) -> dict[str, list[float]]:
-    """By ARM, a weight a row; GenarmError on an unknown name or a bad number."""
-    for name in weights:
-        check_arm(name, arms, "weights")
-    return {name: _floats(f"weights[{name!r}]", value, rows) for name, value in weights.items()}
-
-
-def _floats(name: str, value: Any, rows: int, low: float = -_MAX_FLOAT32, high: float = _MAX_FLOAT32) -> list[float]:
-    values = _list(name, value, rows)
-    for v in values:
-        number: Any = v  # compared before float(), which an int may be too large for
-        if not isinstance(v, Real) or isinstance(v, bool) or not low <= number <= high:
-            bounds = "a finite number" if low < 0 else f"a number from {low:g} to {high:g}"
-            raise GenarmError(f"{name}: expected {bounds}, got {v!r}")
-    return [float(v) for v in values]
-
-
-def _ints(name: str, value: Any, rows: int, low: int | None = None) -> list[int]:
-    values = _list(name, value, rows)
-    for v in values:
-        if not isinstance(v, Integral) or isinstance(v, bool) or (low is not None and v < low):
-            raise GenarmError(f"{name}: expected an integer{'' if low is None else f' of at least {low}'}, got {v!r}")
-    return [int(v) for v in values]
-
-
-def _seeds(seed: Any, rows: int) -> list[int]:
-    """int64 seeds: one number seeds all rows as in `guided_step`."""
-    one = isinstance(seed, Integral)
-    try:
-        return [row_seed(s, b if one else 0) for b, s in enumerate(_ints("seed", seed, rows))]
-    except ValueError as error:
-        raise GenarmError(str(error)) from None
-
-
-def _list(name: str, value: Any, rows: int) -> list[Any]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        return [value] * rows
-    if len(value) != rows:
-        raise GenarmError(f"{name}: expected a number or {rows}, one a prompt, got {len(value)}")
-    return list(value)
+    return None if value is None else integer("batch_size", value, low=1)

@@ -18,6 +18,7 @@ from torch import Tensor
 from genarm_kernels import guided_step, run_concurrently
 
 from .forwards import Forward, to_device
+from .request import Request
 
 _LOGGER = logging.getLogger("genarm")
 PER_ROW = ("temperature", "top_k", "top_p", "min_p")
@@ -34,15 +35,13 @@ class Operand(NamedTuple):
 class Begin(NamedTuple):
     """A row to begin, or to begin again at a later token."""
 
+    request: Request
     prompts: list[list[int]]
     """Token ids by operand, base first: all that the next token follows."""
     position: int
     """Index of the next token in the continuation."""
-    limit: int
-    """That index of the token after the last."""
-    seed: int
     weights: list[float]
-    parameters: Mapping[str, float]
+    """By ARM: the request's, unless they have been changed since."""
 
 
 class Drawn(NamedTuple):
@@ -135,9 +134,9 @@ class Engine:
             prompts = [[[row.prompts[i] for i in of] for row in rows] for of in self._of_forwards()]
             logits = self._run([partial(x.prefill, slots, one) for x, one in zip(self._forwards, prompts, strict=True)])
             self._weights[at] = self._upload([row.weights for row in rows], torch.float32)
-            values = {name: [row.parameters[name] for row in rows] for name in PER_ROW}
-            values |= {name: [getattr(row, name) for row in rows] for name in ("seed", "position", "limit")}
-            for name, column in values.items():
+            columns = {name: [getattr(row.request, name) for row in rows] for name in (*PER_ROW, "seed")}
+            columns |= {"position": [x.position for x in rows], "limit": [x.request.max_new_tokens for x in rows]}
+            for name, column in columns.items():
                 self._rows[name][at] = self._upload(column, self._rows[name].dtype)
             self._live[at] = True
             return self._send(self._draw(logits, at))

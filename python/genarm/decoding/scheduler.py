@@ -7,7 +7,7 @@ arrived. Tokens that a row draws after its end are dropped here.
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -17,7 +17,8 @@ from genarm_kernels.reference import BAD_ROW
 
 from ..errors import GenarmError, PromptError
 from ..text import TextStream
-from .engine import Begin, Drawn, Engine
+from .engine import PER_ROW, Begin, Drawn, Engine
+from .request import Request
 
 _LOGGER = logging.getLogger("genarm")
 
@@ -32,11 +33,9 @@ class Row:
     """One prompt and its continuation as it grows."""
 
     index: int
+    request: Request  # checked
     prompts: list[list[int]]  # by operand
-    limit: int
-    seed: int
-    weights: list[float]
-    parameters: Mapping[str, float]
+    weights: list[float]  # by ARM: the request's, until they are changed
     text: TextStream
     incremental: bool  # the text is needed at every step: to find a stop string, or to be shown
     rewards: dict[str, list[float]]
@@ -50,7 +49,11 @@ class Row:
     def begin(self) -> Begin:
         """After the tokens that have been read."""
         prompts = [prompt + self.tokens for prompt in self.prompts]
-        return Begin(prompts, len(self.tokens), self.limit, self.seed, self.weights, self.parameters)
+        return Begin(self.request, prompts, len(self.tokens), self.weights)
+
+    @property
+    def limit(self) -> int:
+        return self.request.max_new_tokens
 
     @property
     def length(self) -> int:
@@ -76,9 +79,14 @@ class Row:
         elif last:
             self.finish_reason = "length"
 
+    @property
+    def text_tokens(self) -> list[int]:
+        """What the text is made of: all but an EOS token at the end."""
+        return self.tokens[:-1] if self.finish_reason == "eos" else self.tokens
+
     def finish_text(self) -> str:
         if not self.incremental:
-            self.text.push(*(self.tokens[:-1] if self.finish_reason == "eos" else self.tokens), last=True)
+            self.text.push(*self.text_tokens, last=True)
         return self.text.text
 
 
@@ -102,10 +110,9 @@ class Run:
         self._flights: deque[_Flight] = deque()
         self._eos = eos
         self._ahead = _AHEAD if engine.device_type == "cuda" else 0
-        values = [row.parameters for row in rows]
-        shared = [name for name in (values[0] if values else ()) if len({one[name] for one in values}) == 1]
         self._alone = len(rows) == 1
-        engine.reset({name: values[0][name] for name in shared})
+        values = {name: {getattr(row.request, name) for row in rows} for name in PER_ROW}
+        engine.reset({name: one.pop() for name, one in values.items() if len(one) == 1})
 
     def __iter__(self) -> Iterator[list[Row]]:
         """The rows that have got a token, step after step, until every row has finished."""

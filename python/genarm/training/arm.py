@@ -22,6 +22,7 @@ from torch.nn import functional
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
+from ..arguments import integer, real
 from ..errors import GenarmError
 from ..locking import lock
 from ..models import loading, transformers_api
@@ -436,16 +437,12 @@ def _check_settings(settings: dict[str, Any], save_steps: int | None) -> None:
     at_least |= {"warmup_steps": 0, "save_steps": 1, "seed": 0}
     for name, least in at_least.items():
         value = save_steps if name == "save_steps" else settings[name]
-        if value is not None and (not isinstance(value, int) or value < least):
-            raise GenarmError(f"{name} must be a whole number of at least {least}, not {value}")
-    if settings["seed"] >= 2**32:  # NumPy takes no more
-        raise GenarmError(f"seed must be below 2**32, not {settings['seed']}")
+        if value is not None:
+            integer(name, value, least, 2**32 if name == "seed" else None)  # NumPy takes no larger seed
     for name in ("beta", "lr", "epochs"):
-        if not 0 < settings[name] < math.inf:
-            raise GenarmError(f"{name} must be a positive number, not {settings[name]}")
+        real(name, settings[name], above=0)
     for name in ("eval_fraction", "lora_dropout"):
-        if not 0 <= settings[name] < 1:
-            raise GenarmError(f"{name} must be at least 0 and below 1, not {settings[name]}")
+        real(name, settings[name], 0, below=1)
     if settings["batch_size"] % settings["gradient_accumulation_steps"]:
         raise GenarmError("batch_size must be a multiple of gradient_accumulation_steps")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
