@@ -37,7 +37,7 @@ bench: $(VENV)/ready
 	$(BIN)/python -m pytest bench/test_decoder.py bench/test_calls.py -q
 
 models: $(VENV)/ready
-	$(BIN)/python -m genarm.bundled
+	$(BIN)/python tools/bundled_models.py
 
 # UPGRADE=--upgrade moves every version of .venv, UPGRADE='--upgrade-package NAME' one; the newest move in any case.
 lock: $(VENV)/locked
