@@ -28,6 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from genarm import GenarmError
 from genarm.benchmark import speed as benchmark
+from genarm.benchmark.machine import machine
 from genarm.decoding.provision import ModelPath
 from genarm.models import loading
 
@@ -188,7 +189,7 @@ def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     models = benchmark._Bench(base, arms, DEVICE, dtype, options.prompt_tokens, tokens, rounds=_ROUNDS)
     models.require_fast_path()
     about = {
-        **benchmark._environment(DEVICE),
+        **machine(DEVICE),
         "base": base,
         "arms": arms,
         "dtype": "bfloat16",
@@ -215,7 +216,7 @@ def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
         of_models = [dataclasses.asdict(path) for path in paths]
         profiles.append({"method": method, "batch": batch, **measured, "paths": of_models})
         save(options.out / f"{name}.json", about, profiles)
-    return profiles, f"{base} + {', '.join(arms)}, {about['machine']}, commit {about['commit']}"
+    return profiles, f"{base} + {', '.join(arms)}, {about['device']}, {about['machine']}, commit {about['commit']}"
 
 
 def save(path: Path, about: dict[str, Any], profiles: Sequence[dict[str, Any]]) -> None:

@@ -14,7 +14,6 @@ import argparse
 import functools
 import itertools
 import json
-import platform
 import statistics
 import sys
 import time
@@ -28,7 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.baselines import compiled, eager
-from genarm.benchmark.speed import commit
+from genarm.benchmark.machine import machine
 from genarm_kernels import available_backends, guided_step, row_seed
 from genarm_kernels.testing import make_logits
 
@@ -290,17 +289,8 @@ def call_time(name: str) -> float:
 
 
 def environment() -> dict[str, Any]:
-    import triton
-
-    return {
-        "device": torch.cuda.get_device_name(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": commit(),
-        "copy_gb_s": copy_bandwidth(),
-        "call_us": {name: call_time(name) for name in available_backends() if name in ("triton", "cuda")},
-    }
+    calls = {name: call_time(name) for name in available_backends() if name in ("triton", "cuda")}
+    return {**machine("cuda"), "copy_gb_s": copy_bandwidth(), "call_us": calls}
 
 
 def show(case: Case, times: dict[str, Time], copy_gb_s: float, table: Table) -> None:

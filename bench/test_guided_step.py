@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import itertools
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,11 +22,10 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 
 from bench.baselines import BASELINES, Drawn, why_not_compiled
-from genarm.benchmark.speed import commit, cpu_model, read_bandwidth
+from genarm.benchmark.machine import machine
 from genarm_kernels import GuidedStep, available_backends, backends, guided_log_softmax, guided_step, row_seed
 from genarm_kernels.testing import make_logits
 
@@ -250,25 +248,9 @@ def last_level_cache() -> int:
 
 
 @functools.cache
-def bandwidth() -> float:
-    """GB/s of reading what no cache holds."""
-    return read_bandwidth(DEVICE, min(last_level_cache() * 5 // 4, _MAX_POOL))
-
-
-@functools.cache
 def environment() -> dict[str, Any]:
-    """What a figure means nothing without."""
-    return {
-        "device": DEVICE if DEVICE == "cpu" else torch.cuda.get_device_name(),
-        "machine": f"{cpu_model()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-        "threads": THREADS,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": commit(),
-        "load_before": round(os.getloadavg()[0], 2),
-        "read_gb_s": round(bandwidth(), 2),
-    }
+    """The bandwidth is that of reading memory out of the caches, as the timed calls do."""
+    return machine(DEVICE, read_bytes=min(last_level_cache() * 5 // 4, _MAX_POOL))
 
 
 def record(benchmark: Any, case: Case, subject: str, pool_mib: int) -> None:
@@ -283,5 +265,5 @@ def record(benchmark: Any, case: Case, subject: str, pool_mib: int) -> None:
         "p80": times[round(0.8 * (len(times) - 1))],
         "bytes": case.bytes_read,
         "gb_s": speed / 1e9,
-        "percent_of_read_bandwidth": 100 * speed / 1e9 / bandwidth(),
+        "percent_of_read_bandwidth": 100 * speed / 1e9 / environment()["read_gb_s"],
     }

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from genarm import GenarmError, GuidedDecoder
-from genarm.benchmark import naive
+from genarm.benchmark import machine, naive
 from genarm.benchmark import speed as benchmark
 from genarm.decoding import checks
 from genarm.decoding.engine import Engine
@@ -116,9 +116,9 @@ def test_a_commit_is_the_package_s_own(tmp_path, monkeypatch):
     rev = ["git", "rev-parse", "--short=10", "HEAD"]
     head = subprocess.run(rev, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
     for folder, commit in {"python/genarm": head, "venv/lib/python3/site-packages/genarm": "unknown"}.items():
+        monkeypatch.setattr(machine, "__file__", str(tmp_path / folder / "benchmark/machine.py"))
         (tmp_path / folder).mkdir(parents=True)
-        monkeypatch.setattr(benchmark, "__file__", str(tmp_path / folder / "benchmark.py"))
-        assert benchmark.commit() == commit
+        assert machine.commit() == commit
 
 
 def test_what_cannot_be_measured_is_said():

@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault(
     "TRITON_INTERPRET", "1"
@@ -70,13 +71,14 @@ def main() -> None:
                     columns = [
                         {**SAMPLING[1], "top_k": 0, "top_p": 1.0, "min_p": 0.0, **SAMPLING[i % 4]} for i in range(n)
                     ]
+                    sampling: dict[str, Any] = {name: [one[name] for one in columns] for name in columns[0]}
                     result = decoder.generate(
                         messages=prompts,
                         weights=weights,
                         seed=done,
                         max_new_tokens=NEW_TOKENS[backend],
                         batch_size=size,
-                        **{name: [column[name] for column in columns] for name in columns[0]},
+                        **sampling,
                     )
                     for tokens, reason in zip(result.tokens, result.finish_reasons, strict=True):
                         print(json.dumps([kind, backend, size, tokens, reason]))

@@ -8,21 +8,16 @@ that the head does not share, over the read bandwidth measured in the same run.
 import gc
 import json
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
-from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -30,7 +25,8 @@ from ..decoding.decoder import GuidedDecoder
 from ..decoding.provision import ModelPath
 from ..errors import GenarmError
 from ..models import adapters, loading
-from . import naive
+from . import naive, report
+from .machine import machine
 
 LLAMA_2 = {"model_type": "llama", "vocab_size": 32000}
 LLAMA_3 = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "rope_theta": 500000.0}
@@ -136,7 +132,7 @@ def bench(
             bench_.require_fast_path()
         except GenarmError as error:
             raise GenarmError(f"{error}; --allow-plain measures all the same") from error
-    environment = _environment(device)
+    environment = machine(device)
     floor_ms = bench_.floor_bytes / environment["read_gb_s"] / 1e6
     about = {
         **environment,
@@ -150,7 +146,7 @@ def bench(
         "floor_ms_base_alone": round(bench_.floor_bytes_of("base") / environment["read_gb_s"] / 1e6, 3),
     }
     console.print(
-        f"{base} guided by {', '.join(arms) or 'nothing'}, {dtype}, {environment['machine']}: weights of "
+        f"{base} guided by {', '.join(arms) or 'nothing'}, {dtype}, {environment['device']}, {environment['machine']}: weights of "
         f"{bench_.floor_bytes / 1e9:.2f} GB at {environment['read_gb_s']:.1f} GB/s, a floor of {floor_ms:.2f} ms a step"
     )
     results, failed = [], None
@@ -166,7 +162,7 @@ def bench(
             results.append(found)
             how = "".join(f"; {path.model}: {path}" for path in found.paths or ())
             console.print(f"{method}, batch {batch}: {found.step_ms:.2f} ms a step{how}", style="dim")
-    console.print(_table(results))
+    console.print(report.table(results))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         name = "+".join(Path(one.replace(":", "-")).name for one in (base, *arms))
@@ -174,7 +170,7 @@ def bench(
         path.write_text(json.dumps({**about, "results": [asdict(one) for one in results]}, indent=1) + "\n")
         console.print(f"{path} written")
         try:
-            _chart(results, about, path.with_suffix(".png"))
+            report.chart(results, about, path.with_suffix(".png"))
         except ImportError as error:
             console.print(f"no chart: {error}")
     if failed is not None:  # of ours: what was measured is kept, but nobody is to overlook it
@@ -388,115 +384,6 @@ def _waits(run: Callable[[], object]) -> int:
     return sum(event.count for event in profiler.key_averages() if event.key in waiting)
 
 
-def read_bandwidth(device: str, size: int = 1 << 30) -> float:
-    """GB/s of the fastest plain read of so many bytes, with all threads: a sum or a dot product.
-
-    The best of 7, not the median: what other processes took away at that moment would flatter every percentage.
-    """
-    x = torch.ones(size // 4, device=device)
-
-    reads = 20 if torch.device(device).type == "cuda" else 1  # a GPU's read is over before its launch is paid for
-
-    def seconds(read: Callable[[], Any]) -> float:
-        start = time.perf_counter()
-        for _ in range(reads):
-            read()
-        if reads > 1:
-            torch.cuda.synchronize(device)
-        return (time.perf_counter() - start) / reads
-
-    return x.nbytes / min(seconds(read) for read in (x.sum, lambda: x.dot(x)) for _ in range(7)) / 1e9
-
-
-def _environment(device: str) -> dict[str, Any]:
-    """What a figure means nothing without."""
-    gpu = torch.device(device).type == "cuda"
-    return {
-        "device": torch.device(device).type,
-        "machine": torch.cuda.get_device_name(device) if gpu else f"{cpu_model()}, {os.cpu_count()} cores",
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "genarm": version("genarm-kernels"),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": commit(),
-        "load_before": round(os.getloadavg()[0], 2),
-        "read_gb_s": round(read_bandwidth(device), 1),
-    }
-
-
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
-def commit() -> str:
-    """Of the checkout that this file lies in, and of no other; GENARM_COMMIT where there is no git."""
-    if known := os.environ.get("GENARM_COMMIT"):
-        return known
-    root = Path(__file__).resolve().parents[2]
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(("git", *arguments), cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        # An installed package may lie in a repository of its user's.
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
-            return "unknown"
-        return git("describe", "--always", "--dirty", "--abbrev=10", "--exclude=*")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def _resident() -> int:
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
-
-
-def _table(results: Sequence[Measurement]) -> Table:
-    table = Table(title="Tokens/s, all rows together", title_justify="left")
-    columns = ["method", "batch", "tokens/s", "ms a step", "% of floor", "first token, ms", "memory, GiB"]
-    columns += ["outside forwards"]
-    for column in columns:
-        table.add_column(column, justify="left" if column == "method" else "right")
-    gpu = any(one.synchronisations is not None for one in results)
-    if gpu:
-        table.add_column("waits a token", justify="right")
-    for one in results:
-        cells = [one.method, str(one.batch), f"{one.tokens_per_second:.1f}", f"{one.step_ms:.2f}"]
-        cells += [f"{one.percent_of_floor:.0f}", f"{one.first_token_ms:.0f}", f"{one.memory_gib:.1f}"]
-        cells.append("" if one.outside_percent is None else f"{one.outside_percent:.1f} %")
-        if gpu:
-            cells.append("" if one.synchronisations is None else f"{one.synchronisations:g}")
-        table.add_row(*cells)
-    return table
-
-
-def _chart(results: Sequence[Measurement], about: Mapping[str, Any], path: Path) -> None:
-    """Bars: tokens/s by method, a panel a batch size, the floor as a line."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display on a server
-    from matplotlib import pyplot as plt
-
-    batches = list(dict.fromkeys(one.batch for one in results))
-    figure, axes = plt.subplots(1, max(1, len(batches)), figsize=(1 + 3.2 * max(1, len(batches)), 3.2), squeeze=False)
-    for axis, batch in zip(axes[0], batches, strict=False):
-        here = [one for one in results if one.batch == batch]
-        names = [one.method for one in here]
-        colours = ["0.6" if one.method in SLOW else "tab:blue" for one in here]
-        axis.bar(names, [one.tokens_per_second for one in here], color=colours)
-        axis.axhline(1e3 * batch / about["floor_ms"], color="black", linestyle=":", linewidth=1)
-        axis.set_title(f"batch {batch}", fontsize=9)
-        axis.tick_params(axis="x", rotation=60, labelsize=8)
-    axes[0][0].set_ylabel("tokens/s")
-    who = f"{about['base']} + {', '.join(about['arms'])}, {about['dtype']}"
-    where = f"{about['machine']}, commit {about['commit']}; dotted: weights / bandwidth"
-    figure.suptitle(f"{who}, {where}", fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
