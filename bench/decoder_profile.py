@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from genarm import GenarmError
 from genarm.benchmark import speed as benchmark
-from genarm.benchmark.machine import machine
+from genarm.benchmark.machine import machine, read_bandwidth
 from genarm.decoding.provision import ModelPath
 from genarm.models import loading
 
@@ -190,6 +190,7 @@ def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     models.require_fast_path()
     about = {
         **machine(DEVICE),
+        "read_gb_s": round(read_bandwidth(DEVICE), 1),
         "base": base,
         "arms": arms,
         "dtype": "bfloat16",

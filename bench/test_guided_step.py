@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from bench.baselines import BASELINES, Drawn, why_not_compiled
-from genarm.benchmark.machine import machine
+from genarm.benchmark.machine import machine, read_bandwidth
 from genarm_kernels import GuidedStep, available_backends, backends, guided_log_softmax, guided_step, row_seed
 from genarm_kernels.testing import make_logits
 
@@ -249,8 +249,9 @@ def last_level_cache() -> int:
 
 @functools.cache
 def environment() -> dict[str, Any]:
-    """The bandwidth is that of reading memory out of the caches, as the timed calls do."""
-    return machine(DEVICE, read_bytes=min(last_level_cache() * 5 // 4, _MAX_POOL))
+    """The machine, and the GB/s of reading what no cache holds."""
+    bandwidth = read_bandwidth(DEVICE, min(last_level_cache() * 5 // 4, _MAX_POOL))
+    return {**machine(DEVICE), "read_gb_s": round(bandwidth, 2)}
 
 
 def record(benchmark: Any, case: Case, subject: str, pool_mib: int) -> None:

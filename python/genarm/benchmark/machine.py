@@ -1,4 +1,4 @@
-"""What a figure means nothing without: the machine, the versions, the commit, and how fast memory is read there."""
+"""What a figure means nothing without: the machine, the versions and the commit, and how fast memory is read there."""
 
 import os
 import platform
@@ -12,11 +12,8 @@ from typing import Any
 import torch
 
 
-def machine(device: str, *, read_bytes: int = 1 << 30) -> dict[str, Any]:
-    """Where and with what a figure is measured, for the record that keeps it.
-
-    `read_bytes`: over how much memory the bandwidth, `read_gb_s`, is measured.
-    """
+def machine(device: str) -> dict[str, Any]:
+    """Where and with what a figure is measured, for the record that keeps it."""
     kind = torch.device(device).type
     return {
         "device": torch.cuda.get_device_name(device) if kind == "cuda" else kind,
@@ -26,7 +23,6 @@ def machine(device: str, *, read_bytes: int = 1 << 30) -> dict[str, Any]:
         **{name: _version(name) for name in ("genarm-kernels", "torch", "transformers", "triton")},
         "commit": commit(),
         "load_before": round(os.getloadavg()[0], 2),
-        "read_gb_s": round(read_bandwidth(device, read_bytes), 2),
     }
 
 

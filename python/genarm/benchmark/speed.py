@@ -26,7 +26,7 @@ from ..decoding.provision import ModelPath
 from ..errors import GenarmError
 from ..models import adapters, loading
 from . import naive, report
-from .machine import machine
+from .machine import machine, read_bandwidth
 
 LLAMA_2 = {"model_type": "llama", "vocab_size": 32000}
 LLAMA_3 = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "rope_theta": 500000.0}
@@ -132,7 +132,7 @@ def bench(
             bench_.require_fast_path()
         except GenarmError as error:
             raise GenarmError(f"{error}; --allow-plain measures all the same") from error
-    environment = machine(device)
+    environment = {**machine(device), "read_gb_s": round(read_bandwidth(device), 1)}
     floor_ms = bench_.floor_bytes / environment["read_gb_s"] / 1e6
     about = {
         **environment,
@@ -146,8 +146,8 @@ def bench(
         "floor_ms_base_alone": round(bench_.floor_bytes_of("base") / environment["read_gb_s"] / 1e6, 3),
     }
     console.print(
-        f"{base} guided by {', '.join(arms) or 'nothing'}, {dtype}, {environment['device']}, {environment['machine']}: weights of "
-        f"{bench_.floor_bytes / 1e9:.2f} GB at {environment['read_gb_s']:.1f} GB/s, a floor of {floor_ms:.2f} ms a step"
+        f"{base} guided by {', '.join(arms) or 'nothing'}, {dtype}, {environment['device']}, {environment['machine']}: "
+        f"weights of {bench_.floor_bytes / 1e9:.2f} GB at {environment['read_gb_s']:.1f} GB/s, a floor of {floor_ms:.2f} ms a step"
     )
     results, failed = [], None
     for batch in batches:
