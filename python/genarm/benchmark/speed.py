@@ -147,7 +147,8 @@ def bench(
     }
     console.print(
         f"{base} guided by {', '.join(arms) or 'nothing'}, {dtype}, {environment['device']}, {environment['machine']}: "
-        f"weights of {bench_.floor_bytes / 1e9:.2f} GB at {environment['read_gb_s']:.1f} GB/s, a floor of {floor_ms:.2f} ms a step"
+        f"weights of {bench_.floor_bytes / 1e9:.2f} GB at {environment['read_gb_s']:.1f} GB/s, a floor of "
+        f"{floor_ms:.2f} ms per step"
     )
     results, failed = [], None
     for batch in batches:
