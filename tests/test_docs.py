@@ -1,4 +1,4 @@
-"""The documentation says what is so: its code runs, its links and files are there, its rules are those that tests cite."""
+"""The documentation says what is so: its code runs, its links and files are there, its rules are those tests cite."""
 
 import doctest
 import pkgutil
@@ -30,7 +30,7 @@ def sources(*patterns: str) -> dict[Path, str]:
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: str(page.relative_to(ROOT)))
 def test_code_runs(page: Path) -> None:
-    """A page's blocks in their order, as one session: plain ones have to end, those with a prompt to print what is shown."""
+    """A page's blocks in their order, as one session; those with prompts print what is shown."""
     names: dict[str, object] = {}
     runner = doctest.DocTestRunner()
     for number, (language, code) in enumerate(FENCE.findall(page.read_text())):
