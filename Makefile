@@ -8,7 +8,7 @@ TEST := bin/python -m pytest -q -n 2 --dist loadfile
 # What transformers, PEFT or datasets could break.
 MODEL_TESTS := $(wildcard $(patsubst %,tests/test_%.py,adapters batching bundled cli decoder models text training))
 
-.PHONY: demo test test-slow test-oldest test-newest lint models bench lock
+.PHONY: demo test test-slow test-oldest test-newest lint docs models bench lock
 
 demo: $(VENV)/ready
 	$(BIN)/python -m bench.demo
@@ -29,6 +29,10 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(shell git ls-files '*.cpp' '*.cu' '*.h' '*.inc')
 
+# The site of docs/ in site/, from an environment of its own; a link that leads nowhere is an error.
+docs: $(VENV)-docs/locked
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --quiet --strict
+
 # Minutes of both cores: on a machine that does nothing else. The raw file has every round's statistics.
 bench: $(VENV)/ready
 	mkdir -p .benchmarks
@@ -46,6 +50,7 @@ lock: $(VENV)/locked
 	$(LOCK) --extra train --upgrade --resolution lowest-direct --fork-strategy fewest \
 		--output-file $(VENV)/lowest.txt
 	$(LOCK) --extra dev --upgrade --constraint $(VENV)/lowest.txt --output-file requirements/venv-oldest.txt
+	$(subst pyproject.toml,--group docs,$(LOCK)) $(UPGRADE) --output-file requirements/venv-docs.txt
 
 LOCK = $(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.10 --generate-hashes --no-annotate \
 	--custom-compile-command 'make lock' --constraint requirements/torch.txt --no-emit-package torch
@@ -58,6 +63,11 @@ $(VENVS:=/locked): .%/locked: requirements/%.txt requirements/torch.txt
 	$(INSTALL) $$(sed -n 's/^\(uv==[^ ]*\).*/\1/p' $<)
 	$(@D)/bin/uv pip install --quiet --python $(@D) --no-deps --only-binary :all: --require-hashes --requirement $<
 	$(INSTALL) --requirement requirements/torch.txt
+	touch $@
+
+$(VENV)-docs/locked: requirements/venv-docs.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(INSTALL) --no-deps --only-binary :all: --requirement $<
 	touch $@
 
 # Without an index: what pyproject.toml asks for and the lock has not is an error.

@@ -29,8 +29,8 @@ def guided_log_softmax(
     reference backend, which "auto" takes when a gradient is asked for; parameters get no gradient.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as `guided_step`; RuntimeError also when a named backend other than the
-            reference is asked for a gradient.
+        ValueError, TypeError: As `guided_step`.
+        RuntimeError: Likewise, and when a named backend other than the reference is asked for a gradient.
 
     >>> guided_log_softmax(torch.zeros(1, 2), [torch.tensor([[3.0, 1.0]]).log()]).exp()
     tensor([[0.7500, 0.2500]])

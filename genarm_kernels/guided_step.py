@@ -116,8 +116,9 @@ def guided_step(
         see `raise_for_status`.
 
     Raises:
-        ValueError: a shape, dtype, device, stride or number is wrong. TypeError: a Python value has the wrong type.
-            Either names the argument, what was expected and what came. RuntimeError: the named backend cannot run here.
+        ValueError: A shape, dtype, device, stride or number is wrong.
+        TypeError: A Python value has the wrong type. Either names the argument, what was expected and what came.
+        RuntimeError: The named backend cannot run here.
 
     >>> import torch
     >>> base, arm = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[3.0, 0.0, 0.0]])

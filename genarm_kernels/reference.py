@@ -1,21 +1,7 @@
-"""The law: guided sampling in plain PyTorch. Every other backend must give what this file gives.
+"""The definition: guided sampling in plain PyTorch. Every other backend must give what this file gives.
 
-What the contract leaves open is decided here, in words:
-
-- z is a float32 number: `acc = fma(weight, x, acc)` for every operand in use, in the order base, ARM 1, ARM 2, ...,
-  from acc = 0, weights rounded to float32. "Equal in z" means equal as such numbers: ties are the same everywhere.
-- A z above float32's range at an allowed token makes the row bad (status 1), as an infinite operand would; where z is
-  below it the token is not allowed.
-- An operand's own log-softmax takes the lowest finite number of its dtype for what it is.
-- Denormal numbers count, whatever mode the calling thread is in; torch's own threads, to which it hands shares of a
-  large tensor, keep theirs.
-- Everything behind z is computed in float64 and returned as float32.
-- A row that uses no operand at all (every weight 0) is uniform over the tokens that its mask allows.
-- A bad parameter of a row in a tensor wins over "no allowed token": status 1.
-- Every float parameter is rounded to float32 (a temperature below 2^-150 is thus greedy); top_p and min_p are then
-  compared in float64.
-
-Rows are `B`, ARMs `N`, the vocabulary (already cut to vocab_size) `V`, its tiles `T`.
+What the operations mean stands in docs/contract.md, whose rules are cited here by number; what that page leaves open
+is decided here. Rows are `B`, ARMs `N`, the vocabulary (already cut to vocab_size) `V`, its tiles `T`.
 """
 
 from collections.abc import Sequence
@@ -114,7 +100,7 @@ def guided_log_softmax(
 def combine(
     operands: Sequence[Tensor], coefficients: Tensor, token_mask: Tensor | None, vocab_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """z `[B, V]` float32 (-inf where not allowed), allowed `[B, V]`, and bad `[B]`: rows with status 1.
+    """z `[B, V]` float32 (-inf where not allowed), allowed `[B, V]`, and bad `[B]`: rows with status 1. Rules 1 and 2.
 
     `coefficients` is `[B, 1 + N]` float32. An operand whose coefficient is 0 is not looked at.
     """
@@ -134,7 +120,7 @@ def combine(
 
 
 def _fma(weight: Tensor, x: Tensor, acc: Tensor) -> Tensor:
-    """weight * x + acc, rounded once to float32, as the instruction does.
+    """weight * x + acc, rounded once to float32, as the instruction does (rule 5).
 
     The product of two 24-bit numbers is exact in float64, the sum is not: rounding it to odd (Boldo and Melquiond 2008)
     keeps the second rounding, to float32, from seeing a tie that is none. `error` is the sum's own (Knuth's TwoSum).
@@ -165,7 +151,7 @@ def _unpack(token_mask: Tensor, vocab_size: int) -> Tensor:
 
 
 def _filter(z: Tensor, p: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """The kept set `[B, V]`: top-k, then top-p on its mass, then min-p; p is relative to the largest, which has p = 1.
+    """The kept set `[B, V]` of rule 4; p is relative to the largest, which has p = 1.
 
     Sorted by falling z, `start` is where the group of equals of each token begins: the number of tokens above it.
     """
@@ -185,7 +171,7 @@ def _filter(z: Tensor, p: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
 
 
 def _draw(scaled: Tensor, seed: Tensor, position: Tensor) -> Tensor:
-    """One token a row from logits `[B, V]`, -inf where not kept: a tile by Gumbel-max, then a token by inverse CDF."""
+    """One token per row by rule 6, from logits `[B, V]`, -inf where not kept."""
     tiles = _tiles(scaled, -_INF)
     top = tiles.max(-1, keepdim=True).values
     mass = torch.where(top > -_INF, (tiles - top).exp(), 0.0)
