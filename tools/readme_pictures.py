@@ -13,7 +13,7 @@ from genarm import GuidedDecoder, bundled
 from genarm.decoding.results import GenerationResult
 
 QUESTION = "I want to save money. What should I do?"
-ANSWERS = {"unguided (weight 0)": (0.0, 4), "guided by the ARM (weight 1)": (1.0, 4)}  # weight and seed
+ANSWERS = {"unguided (weight 0)": (0.0, 7), "guided by the ARM (weight 1)": (1.0, 7)}  # weight and seed
 OUT = Path(__file__).parents[1] / "docs" / "token_rewards.svg"
 WIDTH, CHARACTER, LINE = 860, 8.43, 24  # pixels; 14 px monospace
 
