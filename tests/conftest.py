@@ -3,7 +3,8 @@
 import contextlib
 import os
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ if emulated := os.environ.get("GENARM_SIMT"):  # the CUDA kernels on the CPU, as
 
 from genarm_kernels import available_backends
 from genarm_kernels.backends import NAMES, cpu, cuda, interpreted
+
+T = TypeVar("T")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,11 +45,45 @@ def _patch_the_language_once() -> None:
     interpreter._patch_lang = lambda _: interpreter._LangPatchScope()
 
 
+def stand_in(item: pytest.Item) -> str | None:
+    """The backend that the test runs on, if a CPU stands in for a GPU there, some 100 times slower."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    backend = parameters.get("backend", parameters.get("name"))
+    found = isinstance(backend, str) and backend.partition("-")[0] in NAMES and interpreted(backend.partition("-")[0])
+    return str(backend) if found else None
+
+
+@pytest.hookimpl(tryfirst=True)  # before the markers choose
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where a CPU stands in for a GPU, a test runs with the first and the last of its parameters alone; with all of
+    them by `make test-slow`.
+    """
     skip = pytest.mark.skip(reason="too many elements for a CPU that stands in for a GPU")
+    of_test: dict[tuple[str, str], list[pytest.Item]] = {}
     for item in items:
-        if item.get_closest_marker("large") and any(interpreted(name) and name in item.name for name in NAMES):
-            item.add_marker(skip)
+        if backend := stand_in(item):
+            if item.get_closest_marker("large"):
+                item.add_marker(skip)
+            else:
+                of_test.setdefault((item.nodeid.partition("[")[0], backend), []).append(item)
+    for _, *middle, _ in (group for group in of_test.values() if len(group) > 2):
+        for item in middle:
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture
+def few(request: pytest.FixtureRequest) -> Callable[[Sequence[T], int], Sequence[T]]:
+    """few(cases, n): all the cases, but where a CPU stands in for a GPU n of them, spread evenly, unless by
+    `make test-slow`.
+    """
+    every = stand_in(request.node) is None or "slow" in request.config.option.markexpr.replace("not slow", "")
+
+    def few(cases: Sequence[T], n: int) -> Sequence[T]:
+        if every or n >= len(cases):
+            return cases
+        return [cases[i * (len(cases) - 1) // max(1, n - 1)] for i in range(n)]
+
+    return few
 
 
 def backends_and_paths() -> list[str]:
