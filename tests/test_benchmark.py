@@ -64,7 +64,7 @@ def test_every_method_is_measured(tmp_path, capsys):
     assert (tmp_path / "tokens_per_second-tiny+wide+lora-2.png").stat().st_size > 1000
     assert [row["method"] for row in kept["results"]] == ON_A_CPU * 2
     assert kept["arms"] == ["wide", "lora:2"] and kept["commit"] and kept["machine"]
-    assert kept["genarm"] == version("genarm-kernels")
+    assert kept["genarm-kernels"] == version("genarm-kernels")
     paths = {row["method"]: row["paths"] for row in kept["results"]}
     assert paths["transformers"] is paths["naive"] is None
     assert paths["genarm"] == [
