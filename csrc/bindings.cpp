@@ -15,7 +15,7 @@
 #endif
 
 #include "cpu/float_mode.h"
-#include "cpu/row_kernel.h"
+#include "cpu/row.h"
 
 namespace py = pybind11;
 

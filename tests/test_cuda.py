@@ -54,7 +54,7 @@ class Emulation:
 
     def build(self, csrc: Path, name: str) -> Path:
         flag = f"-fsanitize={self.sanitizer}"
-        kernels = self.compile(csrc / "cuda/guided_step.cu", csrc, flag)
+        kernels = self.compile(csrc / "cuda/operations.cu", csrc, flag)
         to = self.folder / f"{name}.so"
         subprocess.run([COMPILER, "-shared", flag, *self.objects, kernels, "-o", to], check=True)
         return to
@@ -62,7 +62,7 @@ class Emulation:
     def program(self, source: Path, to: Path) -> Path:
         """An engine linked with the kernels."""
         flag = f"-fsanitize={self.sanitizer}"
-        parts = [self.folder / f"{ROOT.name}-{name}.o" for name in ("guided_step", "emulation")]
+        parts = [self.folder / f"{ROOT.name}-{name}.o" for name in ("operations", "emulation")]
         parts.append(self.compile(source, ROOT / "csrc", flag))
         subprocess.run([COMPILER, flag, *parts, "-o", to], check=True)
         return to
@@ -173,7 +173,7 @@ FAULTS = {
     ),
     "a write past the vocabulary": (
         "address",
-        "draw.h",
+        "whole.h",
         "if (v < r.a.vocab) out[v] = logp;",
         "if (v <= r.a.vocab) out[v] = logp;",
         "heap-buffer-overflow",

@@ -209,12 +209,11 @@ def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few candidates are many and blocks hold little: short rows go through every loop, in buffer and logits."""
     import triton.language as tl
 
-    from genarm_kernels.backends.triton import common, row_pass
+    from genarm_kernels.backends.triton import board, draw, filter
 
-    for name, value in {"FEW": 16, "TILES": 2, "LISTED": 8}.items():
-        monkeypatch.setattr(row_pass, name, tl.constexpr(value))
-    for module in (row_pass, common):
-        monkeypatch.setattr(module, "CANDIDATES", tl.constexpr(64))
+    small = ((filter, "FEW", 16), (filter, "LISTED", 8), (draw, "TILES", 2))
+    for module, name, value in (*small, (filter, "CANDIDATES", 64), (board, "CANDIDATES", 64)):
+        monkeypatch.setattr(module, name, tl.constexpr(value))
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="compiled kernels hold their constants")

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from genarm_kernels.backends.triton.common import PURPOSE_TILE, race_time, random_words, token_uniform
+from genarm_kernels.backends.triton.numbers import PURPOSE_TILE, race_time, random_words, token_uniform
 
 
 @triton.jit

@@ -1,5 +1,5 @@
 // AVX2, FMA and F16C: a vector is two registers.
-#include "cpu/row_kernel.h"
+#include "cpu/row.h"
 
 #ifdef GENARM_X86_KERNELS
 #include <immintrin.h>
@@ -139,7 +139,7 @@ inline F exp2_of(F t) {
 
 }  // namespace
 
-#include "cpu/row_kernel.inc"
+#include "cpu/kernels.inc"
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -1,5 +1,5 @@
 // AVX-512 (F, BW, DQ, VL): a vector is one register.
-#include "cpu/row_kernel.h"
+#include "cpu/row.h"
 
 #ifdef GENARM_X86_KERNELS
 #include <immintrin.h>
@@ -95,7 +95,7 @@ inline F exp2_of(F t) {
 
 }  // namespace
 
-#include "cpu/row_kernel.inc"
+#include "cpu/kernels.inc"
 
 #if defined(__clang__)
 #pragma clang attribute pop

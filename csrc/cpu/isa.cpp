@@ -2,7 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "cpu/row_kernel.h"
+#include "cpu/row.h"
 
 namespace genarm {
 namespace {

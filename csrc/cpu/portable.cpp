@@ -2,7 +2,7 @@
 #include <cmath>
 
 #include "common/random.h"
-#include "cpu/row_kernel.h"
+#include "cpu/row.h"
 
 namespace {
 
@@ -94,6 +94,6 @@ inline F exp2_of(F t) {
 
 }  // namespace
 
-#include "cpu/row_kernel.inc"
+#include "cpu/kernels.inc"
 
 const genarm::RowKernels& genarm::portable_kernels() { return kKernels; }

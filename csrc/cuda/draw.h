@@ -1,4 +1,4 @@
-// Pass 2 ends: the tile that wins, the token in it, and what is said of them. By the first block.
+// Pass 2 ends: the tile that wins, the token in it, and its log-probabilities. All of it by the first block.
 #ifndef GENARM_CUDA_DRAW_H_
 #define GENARM_CUDA_DRAW_H_
 
@@ -7,7 +7,8 @@
 
 namespace genarm {
 
-// The tile that wins the race (random.h), and the mass of all; `weight(tile)` is a tile's. Known to the first warp.
+// The tile that wins the race (random.h), and the mass of all tiles; `weight(tile)` is the mass of one. Only the first
+// warp gets to know them.
 template <class Weight>
 __device__ TileRace race(Shared& shared, uint64_t seed, uint64_t position, int tiles, double* mass, Weight weight) {
   TileRace race{seed, position};
@@ -44,7 +45,8 @@ __device__ TileRace race(Shared& shared, uint64_t seed, uint64_t position, int t
   return race;
 }
 
-// The first warp: by inverse CDF among the tile's tokens from the threshold on, in their order. Its offset.
+// By the first warp: draws by inverse CDF, in the tokens' order, among the tile's z from the threshold on, and returns
+// the token's offset.
 __device__ inline int draw_in_tile(const float (&z)[kPerLane], float threshold, float scale, double uniform) {
   constexpr int kRuns = kPerLane / kRun;
   float top = -kInfinity;
@@ -78,7 +80,7 @@ __device__ inline int draw_in_tile(const float (&z)[kPerLane], float threshold, 
   return __reduce_min_sync(kWholeWarp, first);
 }
 
-// One lane, or more of which each writes its share: nothing was drawn.
+// By all threads of the first block: writes that nothing was drawn.
 template <class Row>
 __device__ void write_failure(const Row& r, int status) {
   const Arguments& a = r.a;
@@ -155,7 +157,7 @@ __device__ void draw(const Row& r) {
   }
   if (!a.logprobs) return;
 
-  // 3. Its log-probabilities, the operands' a lane each.
+  // 3. Its log-probabilities, each operand's by a lane of its own.
   float drawn_z = -kInfinity;
 #pragma unroll
   for (int e = 0; e < kPerLane; ++e) drawn_z = offset_of(e) == offset ? z[e] : drawn_z;
@@ -174,27 +176,6 @@ __device__ void draw(const Row& r) {
     const double logprob = log_probability((x * kLog2E - own.reference) * kLn2 - log(own.sum));
     const float result = own.sum < kInfinity ? static_cast<float>(logprob) : NAN;
     *(i == 0 ? a.base_logprob + r.row : a.arm_logprobs + int64_t{r.row} * (a.operands - 1) + i - 1) = result;
-  }
-}
-
-// log p of this block's tiles, in the place of [B, V].
-template <class Row>
-__device__ void write_whole(const Row& r) {
-  const int status = r.lead.status;
-  const Total all = r.lead.total[0];
-  const double rate = 1 / static_cast<double>(r.temperature()), top = all.top;
-  const double log_largest = log_probability((top * r.scale - all.reference) * kLn2 - log(all.sum));
-  float* out = r.a.whole + int64_t{r.row} * r.a.whole_stride;
-  for (int tile = r.first + warp_of_thread(); tile < r.last; tile += kWarps) {
-    float z[kPerLane];
-    r.load(tile, z);
-#pragma unroll
-    for (int e = 0; e < kPerLane; ++e) {
-      const int64_t v = static_cast<int64_t>(tile) * kTile + offset_of(e);
-      float logp = z[e] == -kInfinity ? -kInfinity : static_cast<float>((z[e] - top) * rate + log_largest);
-      if (status != GENARM_DRAWN) logp = status == GENARM_BAD_ROW ? NAN : -kInfinity;
-      if (v < r.a.vocab) out[v] = logp;
-    }
   }
 }
 

@@ -1,9 +1,11 @@
-// Pass 2 with filters: the threshold from which on tokens are kept, and the tiles' masses of them. Exact, by whole
-// numbers whose sums do not depend on their order, given the masses, which are float32's; nothing is sorted.
+// Pass 2 with filters: the threshold from which on tokens are kept, and the tiles' masses of the kept tokens. The
+// threshold is exact, given the tokens' masses, which are float32: they are added up as whole numbers, whose sums do
+// not depend on their order. Nothing is sorted.
 //
-// Few tokens can be kept of nearly every row: those above a bound that the tiles' summaries give are compared each with
-// each by the first block. Where they are many, a histogram of z (count and mass a bin) finds the bin that holds the
-// threshold, and the tokens of that bin are compared. Every block of the team searches the tiles that it holds.
+// Of nearly every row only a few tokens can be kept: those above a bound that the tiles' summaries give. The first
+// block compares them each with each. Where they are many, a histogram of z (count and mass per bin) finds the bin that
+// holds the threshold, and the tokens of that bin are compared. Every block of the team searches the tiles that it
+// holds.
 #ifndef GENARM_CUDA_FILTER_H_
 #define GENARM_CUDA_FILTER_H_
 
@@ -78,7 +80,7 @@ __device__ inline void add_to_bin(Shared& shared, int bin, uint64_t mass) {
   if (high != 0) atomicAdd(&shared.bin_mass_high[bin], high);
 }
 
-// What a threshold is sought for: the first, from the largest z on, where the count or the mass reaches the target.
+// What is sought: the first z, from the largest on, where the count or the mass of the tokens reaches the target.
 struct Target {
   bool by_mass;
   double least;
@@ -88,8 +90,8 @@ struct Target {
   }
 };
 
-// The first block: sets `boundary` to the bin that holds the threshold, -1 where none reaches the target, and in the
-// interval what is above that bin and in it. `blocks`: how many blocks' bins are to be added up. Ends in a barrier.
+// By the first block: sets `boundary` to the bin that holds the threshold, or to -1 where none reaches the target, and
+// fills in what is above that bin and in it. `blocks`: how many blocks' bins are to be added up. Ends in a barrier.
 __device__ inline void find_boundary(Shared& shared, int blocks, const Target& target) {
   constexpr int kEach = kBins / kThreads;
   const int thread = static_cast<int>(threadIdx.x), lane = lane_of_thread(), warp = warp_of_thread();
@@ -360,7 +362,7 @@ __device__ void keep_many(const Row& r, float threshold) {
   });
 }
 
-// The whole of it. All blocks of the team, after the first one's `total`; leaves the threshold, the number of the kept
+// All of it, by all blocks of the team, after the first one's `total`. Leaves the threshold, the number of the kept
 // tokens and the tiles' weights with the first block.
 template <class Row>
 __device__ void filter(const Row& r) {

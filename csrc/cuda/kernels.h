@@ -1,17 +1,19 @@
-// The kernels, and what each launch of them is. Rows' tokens come in, a token a row goes out.
+// The kernels, and what each launch of them is. A row's logits come in, its token goes out, or log p of all its tokens.
 //
-// On GPUs with clusters (sm_90 on) one launch: a cluster reads a row, and finishes it on chip. The bytes: (1 + N) V
-// elements of logits once, and one tile more. Elsewhere, and where a row's z do not fit, two: the tile pass writes the
-// boards to the workspace (28 bytes a tile with N = 1, and 40 more with filters), the row pass takes a block a row and
-// reads tiles again that filters cannot rule out.
+// On GPUs with clusters (from sm_90 on) it is one launch: a cluster reads a row and finishes it on chip. It reads
+// (1 + N) V elements of logits once, and one tile of them again. Elsewhere, and where z of a row does not fit, there
+// are two launches: the tile pass writes the boards to the workspace (28 bytes per tile with N = 1, and 40 more with
+// filters), and the row pass takes one block per row, which reads those tiles again that filters cannot rule out.
 #ifndef GENARM_CUDA_KERNELS_H_
 #define GENARM_CUDA_KERNELS_H_
 
 #include "cuda/draw.h"
+#include "cuda/whole.h"
 
 namespace genarm {
 
-// A block's scratch leaves two blocks a multiprocessor room for 90 KB of z each: 22 tiles, 8 blocks' of V = 180,000.
+// With scratch of this size, two blocks on a multiprocessor have room for 90 KB of z each. These are 22 tiles: clusters
+// of 8 blocks hold rows up to V = 180,000.
 static_assert(sizeof(Shared) <= 20 * 1024, "Shared has grown");
 
 // Shared memory of a block of a cluster: Shared, the board, the tops of its tiles, their z.
@@ -115,7 +117,7 @@ __device__ Row<T, false, false> row_of_block(const Arguments& a, int row, int ra
   return r;
 }
 
-// Grid (B blocks): a warp a tile.
+// Grid (B blocks): one warp per tile.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) tile_pass(const __grid_constant__ Arguments a) {
   const int row = static_cast<int>(blockIdx.x / static_cast<unsigned>(a.blocks));
@@ -124,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, 2) tile_pass(const __grid_constant__
   summarise_tile<T>(a, row, scale_of(a.temperature.of(row)), tile, board_of(a, row), nullptr, nullptr);
 }
 
-// Grid (B): a block a row.
+// Grid (B): one block per row.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) row_pass(const __grid_constant__ Arguments a) {
   const auto r = row_of_block<T>(a, static_cast<int>(blockIdx.x), 0);
@@ -133,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, 1) row_pass(const __grid_constant__ 
   draw(r);
 }
 
-// Grid (B blocks): as the tile pass, each block with the row's total for itself.
+// Grid (B blocks), as the tile pass; each block makes the row's total for itself.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) whole_pass(const __grid_constant__ Arguments a) {
   const int row = static_cast<int>(blockIdx.x / static_cast<unsigned>(a.blocks));

@@ -1,4 +1,4 @@
-// Pass 1, all the bytes: a warp reads a tile, combines it, and leaves its summary on the board.
+// Pass 1, which reads all the logits: a warp reads a tile, combines it, and leaves its summary on the board.
 //
 // A lane holds 4 times 8 tokens side by side: one 16-byte load of 16-bit logits, one byte of the mask. The layout is
 // the same however rows are aligned and whoever reads the tile, and so are the bits of every sum.
@@ -167,8 +167,8 @@ __device__ inline uint32_t may_be_drawn(const Arguments& a, int64_t row, int til
   return may;
 }
 
-// Makes z, which `combine` has made with the least logit, -inf where a token is not allowed. How many of the tile's
-// are; -1: one spoils the row.
+// Sets z to -inf where a token is not allowed; z and `least` come from `combine`. Returns how many of the tile's tokens
+// are allowed, or -1 where one of them spoils the row.
 template <class T>
 __device__ int allow(const Arguments& a, int64_t row, int tile, float least, float (&z)[kPerLane]) {
   uint32_t may = may_be_drawn(a, row, tile), bad = 0;

@@ -13,10 +13,11 @@ from triton.runtime import driver
 
 from ... import rng
 from . import interpreted
-from .common import WEIGHTS, workspace_words
-from .row_pass import row_pass
-from .tile_pass import tile_pass
-from .whole_row import TILES_A_PROGRAM, whole_row_pass
+from .arguments import WEIGHTS
+from .board import workspace_words
+from .draw import row_pass
+from .tile import tile_pass
+from .whole import TILES_A_PROGRAM, whole_row_pass
 
 INTERPRETED = interpreted()
 if INTERPRETED:
@@ -183,7 +184,7 @@ def _arguments(
     weights_rows: Tensor | None,
 ) -> tuple[Specialisation, tuple[Any, ...]]:
     """What is compiled, and what every kernel takes. `weights`: the base's first. `numbers` and `row_tensors` stand in
-    the order of the bits of `given` (common.py).
+    the order of the bits of `given` (arguments.py).
     """
     operands = (base, *arms)
     size = base.element_size()

@@ -1,37 +1,61 @@
-"""Pass 1: all the bytes."""
+"""Pass 1, which reads all the logits: z of a tile, and its summaries."""
 
 import triton
 import triton.language as tl
 
-from .common import (
-    GROUP,
-    GROUP_SUM,
-    GROUP_TOP,
-    GROUPS,
-    INF,
-    LOG2E,
-    TEMPERATURE,
-    TILE,
-    TILE_SUM,
-    TILE_TOP,
-    allowed_of,
-    combine,
-    finite_or_zero,
-    groups_of,
-    in_mask,
-    in_use,
-    is_near,
-    load,
-    lowest_of,
-    parameter,
-    power,
-    power_near,
-    rows_of,
-    scale_of,
-    weights_of,
-)
+from .arguments import TEMPERATURE, parameter, rows_of, scale_of, weights_of
+from .board import GROUP, GROUP_SUM, GROUP_TOP, GROUPS, TILE, TILE_SUM, TILE_TOP, allowed_of, groups_of
+from .numbers import INF, LOG2E, finite_or_zero, is_near, lowest_of, power, power_near
 
-TOGETHER = tl.constexpr(3)  # operands whose loads are in flight at once; the registers of 9 would not be there
+TOGETHER = tl.constexpr(3)  # operands whose loads are in flight at once; for all of 9 there are no registers
+
+
+# ---- z -------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def in_mask(mask_row, mask_stride, masked, v, first):
+    """Which of the tokens `v` the mask allows; `masked` is the vocabulary, or 0 where there is no mask. `first`: the
+    tokens whose words are loaded, `v` or one for each 8 from a multiple of 8 on.
+    """
+    words = tl.load(mask_row + (first >> 5).to(tl.int64) * mask_stride, mask=first < masked, other=-1)
+    return ((words >> (v & 31)) & 1) != 0
+
+
+@triton.jit
+def load(x_rows, v, inside, FIRST: tl.constexpr, END: tl.constexpr):
+    """Some operands' logits of the tokens `v`, -inf outside; `inside` None: all of them are."""
+    logits = ()
+    for i in tl.static_range(FIRST, END):
+        if inside is None:
+            logits = logits + (tl.load(x_rows[i] + v),)
+        else:
+            logits = logits + (tl.load(x_rows[i] + v, mask=inside, other=-INF),)
+    return logits
+
+
+@triton.jit
+def in_use(x, weight):
+    """An operand's logits in float32, 0 throughout where its weight is."""
+    return tl.where(weight != 0, x.to(tl.float32), 0.0)
+
+
+@triton.jit
+def combine(logits, weights, may, OPERANDS: tl.constexpr):
+    """z, -inf where a token may not be drawn, and which tokens spoil the row; `may`: by the mask and the vocabulary."""
+    # Bits rather than truths, which would stand side by side in registers: 1 blocked, 2 spoilt, 4 not to be drawn.
+    state = tl.where(may, 0, 4)
+    z = tl.zeros(may.shape, tl.float32)
+    for i in tl.static_range(OPERANDS):
+        x = in_use(logits[i], weights[i])
+        z = tl.fma(x, weights[i], z)
+        state = tl.where(x <= lowest_of(logits[i]), state | 1, state)
+        state = tl.where(x < INF, state, state | 2)
+    spoils = ((state & 6) == 2) | ((state == 0) & (z == INF))
+    return tl.where(state == 0, z, -INF), spoils
+
+
+# ---- A tile's summaries --------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -72,7 +96,7 @@ def _token_by_token(
 ):
     """A tile's summaries, whatever its logits and its mask: group by group, once for the tops and once for the sums.
 
-    A loop, not a block: unrolled beside the usual path it took 229 registers a thread in place of 128.
+    This is a loop, not a block: unrolled beside the usual path it took 229 registers per thread in place of 128.
     """
     lane = tl.arange(0, GROUPS)
     groups = tl.minimum(tl.cdiv(vocab - tile * TILE, GROUP), GROUPS)
@@ -134,8 +158,9 @@ def tile_pass(
     """A tile's largest z, its sum of exponentials, its allowed tokens; with log-probabilities each operand's own
     largest and sum, with filters each group's.
 
-    Grid (B T,): a program reads its tile once, (1 + N) TILE elements, and writes some words. One warp a program: every
-    sum stays within it, without a barrier; a row takes the whole GPU at B = 1. 2 + N exponentials a token.
+    Grid (B T,): a program reads its tile once, (1 + N) TILE elements, and writes some words. A program is one warp, so
+    that every sum stays within it, without a barrier, and a row takes the whole GPU at B = 1. There are 2 + N
+    exponentials per token.
     """
     tiles = tl.cdiv(vocab, TILE)
     row = (tl.program_id(0) // tiles).to(tl.int64)

@@ -1,9 +1,9 @@
-"""Pass 2: from the tiles' summaries to the token, and what the filters read again."""
+"""Pass 2 with filters: the threshold from which on tokens are kept, and the groups' masses of the kept tokens."""
 
 import triton
 import triton.language as tl
 
-from .common import (
+from .board import (
     CANDIDATES,
     GROUP,
     GROUP_LIST,
@@ -11,45 +11,25 @@ from .common import (
     GROUP_TOP,
     GROUP_WEIGHT,
     GROUPS,
-    INF,
-    LN2,
-    LOG2E,
-    MAX_FLOAT,
-    MIN_P,
-    NAN,
-    POSITION,
-    SEED,
-    SEED_STEP,
-    TEMPERATURE,
     TILE,
-    TILE_SUM,
     TILE_TOP,
-    TOP_K,
-    TOP_P,
     as_ints,
     candidates_of,
-    combine,
+    groups_of,
+)
+from .numbers import (
+    INF,
+    MAX_FLOAT,
     finite_or_zero,
     from_ordered_key,
-    groups_of,
-    in_mask,
-    load,
-    log_probability,
-    merge,
     ordered_key,
-    parameter,
-    pick,
     power,
     race_time,
     reference_of,
     relative,
-    rows_of,
-    scale_of,
-    token_uniform,
-    weights_of,
 )
+from .row import z_of
 
-TILES = tl.constexpr(256)  # tiles at a time, one a thread: V up to 262,144 is one round
 LISTED = tl.constexpr(1024)  # groups at a time where their summaries are read
 REACH = tl.constexpr(32)  # candidates at a time that all others are compared with
 BOUNDS = tl.constexpr(16)  # thresholds at a time over the groups' summaries
@@ -62,11 +42,11 @@ FEW = tl.constexpr(256)  # candidates that are compared each with each
 
 @triton.jit
 def _bound(workspace, tiles, low, top, target, scale, reference, BY_MASS: tl.constexpr, OPERANDS: tl.constexpr):
-    """A bound below which no token is kept, from the groups' summaries, at least `low`.
+    """A bound from the groups' summaries, at least `low`, below which no token is kept.
 
-    Top-k: at least k groups have a token, their largest, above it. Top-p: what lies below it, at most, is lighter than
-    what top-p drops; a group whose largest is below counts whole, another one with the rest of its sum, and with no
-    more than its other tokens can weigh.
+    For top-k, at least k groups have a token, their largest, above it. For top-p, all that can lie below it is lighter
+    than what top-p drops: a group whose largest is below the bound counts whole, and any other one with the rest of its
+    sum, though with no more than its other tokens can weigh.
     """
     groups = tiles * GROUPS
     tops_ptr = groups_of(workspace, tiles, OPERANDS, GROUP_TOP)
@@ -131,23 +111,13 @@ def _list_groups(workspace, tiles, low, OPERANDS: tl.constexpr):
 
 
 @triton.jit
-def _z_of(source, v, inside, OPERANDS: tl.constexpr):
-    """z of the tokens `v` out of `source`, a row's operands, their weights, its mask, the vocabulary."""
-    x_rows, row_weights, mask_row, mask_stride, masked, vocab = source
-    inside = inside & (v < vocab)
-    may = inside & in_mask(mask_row, mask_stride, masked, v, v)
-    z, _ = combine(load(x_rows, v, inside, 0, OPERANDS), row_weights, may, OPERANDS)
-    return z
-
-
-@triton.jit
 def _read_groups(workspace, tiles, begin, listed, source, OPERANDS: tl.constexpr, COUNT: tl.constexpr):
     """z of COUNT listed groups from `begin` on, and their tokens."""
     list_ptr = as_ints(groups_of(workspace, tiles, OPERANDS, GROUP_LIST))
     place = begin + tl.arange(0, COUNT // 2)[:, None, None] * 2 + tl.arange(0, 2)[None, :, None]
     group = tl.load(list_ptr + place, mask=place < listed, other=0)
     v = group * GROUP + tl.arange(0, GROUP)[None, None, :]
-    return _z_of(source, v, place < listed, OPERANDS), v
+    return z_of(source, v, place < listed, OPERANDS), v
 
 
 @triton.jit
@@ -178,7 +148,7 @@ def _collect(workspace, tiles, low, high, source, OPERANDS: tl.constexpr, READ: 
 
 @triton.jit
 def _few(workspace, tiles, count, top, scale, mass, top_k, top_p, min_z, seed, position, OPERANDS: tl.constexpr):
-    """The rules as they are written: what stands above a token is counted and weighed. One candidate a lane.
+    """The rules as they are written: what stands above a token is counted and weighed. Each lane has one candidate.
 
     Returns the threshold, how many tokens are kept, their mass and the tile that wins the race.
     """
@@ -224,9 +194,10 @@ def _search(
 ):
     """The largest z for which the z's from there on weigh `target` (p if by_mass, otherwise 1 each); `low` if none.
 
-    Each round weighs what lies above STEPS thresholds, alternately even in z and in ordered keys, which bounds the
-    rounds, and goes on between the two that the target lies between. `count` candidates from `low` on are in the
-    buffer; where those are more than it holds the logits are read again, round by round, until what lies between fits.
+    Each round weighs what lies above each of STEPS thresholds and goes on between the two that the target lies between.
+    The thresholds are evenly spaced in z and in ordered keys by turns, which bounds the number of rounds. `count`
+    candidates from `low` on are in the buffer; where these are more than it holds, the logits are read again, round by
+    round, until what lies between fits.
     """
     SEARCHED: tl.constexpr = READ // 2  # more is held in registers here
     z_ptr = candidates_of(workspace, tiles, OPERANDS)
@@ -318,7 +289,7 @@ def _round_up(x):
 
 
 @triton.jit
-def _filter(
+def filter_row(
     workspace,
     tiles,
     source,
@@ -384,180 +355,3 @@ def _filter(
         kept, kept_mass = _weigh_kept(workspace, tiles, threshold, top, scale, source, OPERANDS, READ)
         winner = tl.full([], -1, tl.int32)
     return threshold, kept, kept_mass, winner
-
-
-# ---- The row -------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _race(
-    workspace, tiles, scale, reference, seed, position, by_groups, OPERANDS: tl.constexpr, FILTERED: tl.constexpr
-):
-    """The tile whose Gumbel-perturbed log-mass is the largest, the first of equals."""
-    best = tl.full([], INF, tl.float64)
-    winner = tl.full([], 0, tl.int32)
-    for begin in range(0, tiles, TILES):
-        tile = begin + tl.arange(0, TILES)
-        tops = finite_or_zero(tl.load(workspace + TILE_TOP * tiles + tile, mask=tile < tiles, other=0.0))
-        sums = tl.load(workspace + TILE_SUM * tiles + tile, mask=tile < tiles, other=0.0)
-        weight = relative(sums, reference_of(tops, scale) - reference)
-        if FILTERED:
-            if by_groups:
-                group = tile[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
-                weights_ptr = groups_of(workspace, tiles, OPERANDS, GROUP_WEIGHT)
-                each = tl.load(weights_ptr + group, mask=tile[:, None] < tiles, other=0.0)
-                weight = tl.sum(each.to(tl.float64), 1)
-        time = tl.where(weight > 0, race_time(seed, position, tile, weight), INF)
-        soonest = tl.min(time)
-        first = tl.min(tl.where(time == soonest, tile, 0x7FFFFFFF))
-        winner = tl.where(soonest < best, first, winner)
-        best = tl.minimum(best, soonest)
-    return winner
-
-
-@triton.jit
-def _first_tile_of(workspace, tiles, top):
-    winner = tl.full([], 0x7FFFFFFF, tl.int32)
-    for begin in range(0, tiles, TILES):
-        tile = begin + tl.arange(0, TILES)
-        tops = tl.load(workspace + TILE_TOP * tiles + tile, mask=tile < tiles, other=-INF)
-        winner = tl.minimum(winner, tl.min(tl.where(tops == top, tile, 0x7FFFFFFF)))
-    return winner
-
-
-@triton.jit
-def row_pass(
-    x_ptrs,
-    x_strides,
-    weights,
-    numbers,
-    row_ptrs,
-    row_strides,
-    given,
-    mask_ptr,
-    mask_strides,
-    masked,
-    vocab,
-    workspace_ptr,
-    workspace_stride,
-    token_ptr,
-    logprob_ptr,
-    log_mass_ptr,
-    kept_ptr,
-    base_logprob_ptr,
-    arm_logprobs_ptr,
-    status_ptr,
-    logprobs,
-    OPERANDS: tl.constexpr,
-    FILTERED: tl.constexpr,
-):
-    """The row's token and everything said about it.
-
-    Grid (B,). Without filters it reads the summaries (some words a tile) and one tile of logits. Filters read again the
-    groups whose largest reaches a bound found in the summaries; a row whose candidates overflow their buffer is read
-    round by round by the same program, which decides that by itself: nobody waits, nothing more is launched.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    tiles = tl.cdiv(vocab, TILE)
-    workspace = workspace_ptr + row * workspace_stride
-    x_rows = rows_of(x_ptrs, x_strides, row, OPERANDS, False)
-    row_weights = weights_of(row, weights, row_ptrs, row_strides, given, OPERANDS)
-    source = (x_rows, row_weights, mask_ptr + row * mask_strides[0], mask_strides[1], masked, vocab)
-    temperature = parameter(row, numbers[0], row_ptrs, row_strides, given, TEMPERATURE)
-    top_p = parameter(row, numbers[1], row_ptrs, row_strides, given, TOP_P)
-    min_p = parameter(row, numbers[2], row_ptrs, row_strides, given, MIN_P)
-    top_k = parameter(row, numbers[3], row_ptrs, row_strides, given, TOP_K)
-    seed = parameter(row, numbers[4] + row * SEED_STEP, row_ptrs, row_strides, given, SEED)
-    position = parameter(row, numbers[5], row_ptrs, row_strides, given, POSITION)
-
-    # 1. The row as a whole.
-    valid = (temperature >= 0) & (temperature < INF) & (top_p >= 0) & (top_p <= 1) & (min_p >= 0) & (min_p <= 1)
-    for i in tl.static_range(OPERANDS):
-        valid = valid & (tl.abs(row_weights[i]) < INF)
-    scale = scale_of(temperature)
-    ROWS: tl.constexpr = triton.next_power_of_2(1 + OPERANDS)
-    pairs = tl.where(logprobs != 0, 1 + OPERANDS, 1)
-    tops, masses, references, allowed, fewest = merge(workspace, tiles, scale, pairs, OPERANDS, ROWS, TILES)
-    top, mass, reference = pick(tops, 0), pick(masses, 0), pick(references, 0)
-    status = tl.where((fewest < 0) | (valid == 0), 1, tl.where(allowed == 0, 2, 0))
-    tl.store(status_ptr + row, status)
-    if status != 0:
-        tl.store(token_ptr + row, -1)
-        tl.store(kept_ptr + row, 0)
-        if logprobs != 0:
-            tl.store(logprob_ptr + row, NAN)
-            tl.store(log_mass_ptr + row, NAN)
-            tl.store(base_logprob_ptr + row, NAN)
-            for i in tl.static_range(OPERANDS - 1):
-                tl.store(arm_logprobs_ptr + row * (OPERANDS - 1) + i, NAN)
-        return
-    greedy = temperature == 0
-
-    # 2. What is kept, and the tile that wins.
-    threshold = tl.full([], -MAX_FLOAT, tl.float32)
-    kept = allowed
-    kept_mass = mass
-    if greedy:
-        winner = _first_tile_of(workspace, tiles, top)
-        threshold = top
-        kept = 1
-    else:
-        winner = tl.full([], -1, tl.int32)
-        by_groups = tl.full([], False, tl.int1)
-        if FILTERED:
-            top_k = tl.where(top_k < vocab, top_k, 0)
-            by_groups = (top_k > 0) | (top_p < 1) | (min_p > 0)
-            if by_groups:
-                threshold, kept, kept_mass, winner = _filter(
-                    workspace,
-                    tiles,
-                    source,
-                    vocab,
-                    top,
-                    mass,
-                    scale,
-                    reference,
-                    temperature,
-                    top_k,
-                    top_p,
-                    min_p,
-                    seed,
-                    position,
-                    OPERANDS,
-                )
-        if winner < 0:
-            winner = _race(workspace, tiles, scale, reference, seed, position, by_groups, OPERANDS, FILTERED)
-
-    # 3. The token, by inverse CDF in the tile that won, which is read again.
-    offset = tl.arange(0, TILE)
-    v = winner * TILE + offset
-    z = _z_of(source, v, v < vocab, OPERANDS)
-    keep = z >= threshold
-    p = tl.where(keep, power(z, tl.max(z), scale), 0.0).to(tl.float64)
-    cdf = tl.cumsum(p, 0)
-    passed = tl.sum((cdf <= token_uniform(seed, position) * tl.max(cdf)).to(tl.int32))
-    drawn = tl.minimum(passed, tl.max(tl.where(p > 0, offset, 0)))
-    drawn = tl.where(greedy, tl.min(tl.where(z == top, offset, TILE)), drawn)
-    token = winner * TILE + drawn
-    tl.store(token_ptr + row, token.to(tl.int64))
-    tl.store(kept_ptr + row, kept)
-
-    # 4. Its log-probabilities.
-    if logprobs != 0:
-        token_z = tl.max(tl.where(offset == drawn, z, -INF)).to(tl.float64)
-        exact_temperature = tl.where(greedy, 1.0, temperature).to(tl.float64)
-        top64 = top.to(tl.float64)
-        log_mass_of_row = tl.log(mass) + (reference - top64 * scale.to(tl.float64)) * LN2
-        logprob = log_probability((token_z - top64) / exact_temperature - log_mass_of_row)
-        log_mass = tl.where((kept < allowed) & (kept_mass < mass), tl.log(kept_mass / mass), 0.0)
-        tl.store(logprob_ptr + row, logprob.to(tl.float32))
-        tl.store(log_mass_ptr + row, tl.where(kept == 1, logprob, tl.maximum(log_mass, logprob)).to(tl.float32))
-        for i in tl.static_range(OPERANDS):
-            own_mass = pick(masses, 1 + i)
-            x = tl.load(x_rows[i] + token).to(tl.float64)
-            own_logprob = log_probability((x * LOG2E - pick(references, 1 + i)) * LN2 - tl.log(own_mass))
-            own_logprob = tl.where(own_mass < INF, own_logprob, NAN)
-            if i == 0:
-                tl.store(base_logprob_ptr + row, own_logprob.to(tl.float32))
-            else:
-                tl.store(arm_logprobs_ptr + row * (OPERANDS - 1) + i - 1, own_logprob.to(tl.float32))

@@ -1,6 +1,6 @@
-// What the instruction sets' kernels share with their launcher: the state of a row, and the table of entry points.
-#ifndef GENARM_CPU_ROW_KERNEL_H_
-#define GENARM_CPU_ROW_KERNEL_H_
+// What kernels and operations share: the state of a row, and the table of an instruction set's entry points.
+#ifndef GENARM_CPU_ROW_H_
+#define GENARM_CPU_ROW_H_
 
 #include <cstdint>
 
@@ -79,7 +79,7 @@ struct LowRank {
 
 // Entry points of one instruction set.
 struct RowKernels {
-  // Fills the references of the row from its first tokens.
+  // Fills the references of the row from some of its tokens.
   void (*set_references)(Row& row);
   // Pass 1, for tiles [first, last): z, its largest, and the sums of exponentials.
   void (*read_tiles)(const Row& row, int64_t first, int64_t last);
@@ -87,7 +87,7 @@ struct RowKernels {
   Drawn (*draw)(const Row& row);
   // log p of tiles [first, last) in place: row.z holds z on entry. `log_largest` is that of the largest z, `top`.
   void (*normalise)(const Row& row, float top, double log_largest, int64_t first, int64_t last);
-  // y += up (down x), for a row.
+  // y += up (down x), for one row.
   void (*add_low_rank)(const LowRank& part, int64_t row);
 };
 
@@ -105,9 +105,9 @@ struct RowTotals {
   PartialSum mass;  // of 2^(z scale)
   int64_t allowed;
 };
-RowTotals total(const Row& row);               // guided_step.cpp
+RowTotals total(const Row& row);               // operations.cpp
 const RowKernels* kernels_of(genarm_isa isa);  // NULL when this machine cannot run it (isa.cpp)
 
 }  // namespace genarm
 
-#endif  // GENARM_CPU_ROW_KERNEL_H_
+#endif  // GENARM_CPU_ROW_H_

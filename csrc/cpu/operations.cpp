@@ -4,7 +4,7 @@
 
 #include "common/check.h"
 #include "cpu/float_mode.h"
-#include "cpu/row_kernel.h"
+#include "cpu/row.h"
 
 namespace genarm {
 
@@ -99,7 +99,7 @@ void take_arrays(Arena& arena, const genarm_inputs& in, const Needs& needs, Row*
   }
 }
 
-// Who does what: `whole` rows are drawn one a task, the rest one after another with their tiles shared out.
+// Who does what: `whole` rows are drawn one per task, the rest one after another with their tiles shared out.
 struct Plan {
   int64_t whole;
   int row_tasks, tile_tasks;
@@ -249,7 +249,7 @@ template <class EachRow>
 void for_each_row(const genarm_inputs& in, const Needs& needs, void* block, EachRow each_row) {
   const Plan plan(in);
   std::atomic<int64_t> next{0};
-  // One set of arrays a task; they are cut out of the block in the tasks' order.
+  // One set of arrays per task; they are cut out of the block in the tasks' order.
   const size_t stride = (workspace_size(in, needs) - 64) / static_cast<size_t>(plan.row_tasks);
   const auto row_of = [&](int task) {
     Arena own(static_cast<char*>(block) + stride * static_cast<size_t>(task));

@@ -1,27 +1,15 @@
-"""guided_log_softmax: pass 1 as for a step without filters, then this."""
+"""The whole distribution, guided_log_softmax: pass 1 as for a step without filters, then this."""
 
 import triton
 import triton.language as tl
 
-from .common import (
-    INF,
-    LN2,
-    NAN,
-    TEMPERATURE,
-    TILE,
-    combine,
-    in_mask,
-    load,
-    log_probability,
-    merge,
-    parameter,
-    pick,
-    rows_of,
-    scale_of,
-    weights_of,
-)
+from .arguments import TEMPERATURE, parameter, rows_of, scale_of, weights_of
+from .board import TILE
+from .numbers import INF, LN2, NAN, log_probability
+from .row import merge, pick
+from .tile import combine, in_mask, load
 
-TILES = tl.constexpr(128)  # tiles at a time, one a thread
+TILES = tl.constexpr(128)  # tiles at a time, one per thread
 TILES_A_PROGRAM = tl.constexpr(4)  # share one merge of the row's summaries
 
 
@@ -46,8 +34,8 @@ def whole_row_pass(
 ):
     """log p of every token, as wide as the base.
 
-    Grid (B ceil(T / TILES_A_PROGRAM),), T here the tiles of `width`. Reads the logits a second time, writes 4 bytes a
-    token.
+    Grid (B ceil(T / TILES_A_PROGRAM),), where T is the tiles of `width`. Reads the logits a second time and writes 4
+    bytes per token.
     """
     tiles = tl.cdiv(vocab, TILE)
     parts = tl.cdiv(width, TILE * TILES_A_PROGRAM)
