@@ -22,7 +22,7 @@ from ..models import adapters, loading, transformers_api
 from ..text import TextStream
 from ..tokens import encode_prompt
 from .provision import ModelPath, Options, Provider
-from .scheduler import Row, Run
+from .scheduler import Row, Run, run_for
 
 _LOGGER = logging.getLogger("genarm")
 
@@ -401,7 +401,7 @@ class GuidedDecoder:
             return
         length = max(max(map(len, row.prompts)) + row.limit for row in rows)
         engine, at_once = self._provider.take(len(rows), length, batch_size)
-        run, sound = Run(engine, at_once, rows, self._eos), True
+        run, sound = run_for(engine, at_once, rows, self._eos), True
         del rows  # what has been decoded can go
         try:
             for grown in run:
