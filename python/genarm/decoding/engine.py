@@ -5,8 +5,8 @@
 What a step reads and writes lies in tensors that stay where they are, so that on a GPU the whole of it is one CUDA
 graph, and nothing waits for the host.
 
-A forward pass takes several tokens per row as well (`_forward`), and `_advance` keeps as many of each row's as are
-wanted: none is taken back, since a row is as long as its position says, and what lies behind it is written over.
+A row's length in the caches follows from its position in the continuation. `_forward` takes any number of tokens per
+row, and `_advance` makes each row longer by as many of them as it accepts; the others are as if they had never been.
 """
 
 import logging
@@ -111,7 +111,7 @@ class Engine:
             self._tokens = torch.zeros(slots, dtype=torch.int64, device=device)
             self._live = torch.zeros(slots, dtype=torch.bool, device=device)
             self._weights = torch.zeros(slots, self._arms, device=device)
-            # How long the rows are without their positions, by operand in the forward passes' order.
+            # Of a row's length in a cache, what its position must be added to; by operand, in the forwards' order.
             self._offsets = torch.zeros(slots, len(operands), dtype=torch.int64, device=device)
             self._rows = {
                 name: torch.zeros(slots, dtype=_DTYPES.get(name, torch.float32), device=device)
@@ -143,7 +143,7 @@ class Engine:
             prompts = [[[row.prompts[i] for i in of] for row in rows] for of in self._of_forwards]
             logits = self._run([partial(x.prefill, slots, one) for x, one in zip(self._forwards, prompts, strict=True)])
             self._weights[at] = self._upload([row.weights for row in rows], torch.float32)
-            # The cache never holds the last token drawn, which the next forward is fed.
+            # The last token drawn is not in the cache yet: the next step feeds it.
             offsets = [[len(row.prompts[i]) - row.position - 1 for of in self._of_forwards for i in of] for row in rows]
             self._offsets[at] = self._upload(offsets, torch.int64)
             values = {name: [row.parameters[name] for row in rows] for name in PER_ROW}
@@ -196,8 +196,8 @@ class Engine:
         return self._draw(self._forward(self._tokens[:n, None], covered), slice(n))
 
     def _forward(self, tokens: Tensor, covered: int) -> list[Tensor]:
-        """By forward pass, the logits `[n, operands, T, V]` after each of `tokens` `[n, T]`, fed to the first n slots.
-        The rows are as long afterwards as before.
+        """Feeds `tokens` `[n, T]` to the rows of the first n slots, which stay as long as they are. By forward pass,
+        logits `[n, operands, T, V]` after each token.
         """
         n = len(tokens)
         lengths = torch.where(self._live[:n, None], self._offsets[:n] + self._rows["position"][:n, None], 0)
@@ -205,7 +205,7 @@ class Engine:
         return self._run([partial(x.step, tokens, own, covered) for x, own in zip(self._forwards, each, strict=True)])
 
     def _advance(self, at: Any, accepted: Tensor) -> None:
-        """Makes the rows longer by the first `accepted` `[n]` int64 or bool of the tokens that they were last fed."""
+        """Makes each row longer by the first `accepted` `[n]` (int64 or bool) of the tokens that it was last fed."""
         self._rows["position"][at] += accepted
 
     def _draw(self, logits: list[Tensor], at: Any) -> Tensor:

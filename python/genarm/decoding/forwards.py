@@ -5,8 +5,8 @@ a step has no shape that depends on the tokens, so that it can be captured in a 
 other model, one token a step: a batch that begins and ends together, in the caches that the model makes for itself.
 Which of them a model gets, `checks.py` decides.
 
-How long the rows are, the engine knows and says at each step. A step writes its tokens' keys and values behind a row;
-those by which the row is not longer at the next step are written over there, and are never looked at.
+How long the rows are, the engine knows and says at each step. A step writes the keys and values of its tokens behind a
+row; the next step writes over those that the row did not become longer by, and no token looks at them.
 """
 
 import os
@@ -43,11 +43,11 @@ class Forward(Protocol):
         """Puts prompts into slots; logits `[n, operands, 1, V]` of the token after each."""
 
     def step(self, tokens: Tensor, lengths: Tensor, covered: int) -> Tensor:
-        """Logits `[n, operands, T, V]` after each of `tokens` `[n, T]` int64, in the first n slots, behind the first
-        `lengths` `[n, operands]` int64 tokens of their rows.
+        """Feeds `tokens` `[n, T]` int64 to the rows of the first n slots, each behind the `lengths` `[n, operands]`
+        int64 tokens that it has; logits `[n, operands, T, V]` after each token.
 
-        No row may be longer than `covered` with its T tokens, nor outgrown by them. A row that has ended is given
-        length 0, at which its tokens have a place for sure; nothing of it is kept.
+        With its T tokens a row may be neither longer than `covered` nor `outgrown`. A row that has ended is given
+        length 0: its tokens then have a place, however far it had come, and nothing of it is kept.
         """
 
     def move(self, source: int, target: int, covered: int) -> None:

@@ -196,7 +196,7 @@ class Run:
         try:
             drawn = self._engine.step(n, self._covering(max(row.length for row in self._slots if row is not None)))
         except torch.OutOfMemoryError as error:
-            # Some forwards may have gone further than others: all rows begin again, half of them at a time.
+            # A model with a cache of its own may have taken the token: all rows begin again, half of them at a time.
             occupied = [slot for slot, row in enumerate(self._slots) if row is not None]
             for slot in reversed(occupied):
                 self._again(slot)
