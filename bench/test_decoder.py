@@ -52,7 +52,7 @@ def test_prefill(benchmark, decoder, batch):
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_step(benchmark, decoder, batch):
-    """Forwards, draw and bookkeeping, at a window of 128 tokens."""
+    """Forwards, draw and bookkeeping, at 128 tokens covered."""
     engine, rows, _ = begun(decoder, batch)
     benchmark.pedantic(engine.step, (batch, 128), setup=lambda: engine.begin(range(batch), rows) and None, rounds=100)
 
@@ -62,7 +62,7 @@ def test_draw(benchmark, decoder, batch):
     """The step less its forwards: what the loop adds to the models on the device's side."""
     engine, _, _ = begun(decoder, batch)
     with torch.inference_mode():
-        logits = [torch.randn(batch, 1, decoder.vocab_size) for _ in range(2)]
+        logits = [torch.randn(batch, 1, 1, decoder.vocab_size) for _ in range(2)]
         benchmark(engine._draw, logits, slice(batch))
 
 

@@ -58,12 +58,12 @@ def test_batch_size_and_admission_change_no_token(decoder, sampling, batch_size)
 
 def test_a_slot_is_never_idle_while_prompts_wait(decoder, monkeypatch):
     """Every step covers as many rows as are left; the rows of all steps and prefills together are the tokens drawn."""
-    covered = []
+    sizes = []
     step = Engine.step
-    monkeypatch.setattr(Engine, "step", lambda self, n, window: covered.append(n) or step(self, n, window))
+    monkeypatch.setattr(Engine, "step", lambda self, n, covered: sizes.append(n) or step(self, n, covered))
     decode(decoder, batch_size=4)
-    assert sum(covered) + len(PROMPTS) == sum(LIMITS)
-    assert max(covered) == 4
+    assert sum(sizes) + len(PROMPTS) == sum(LIMITS)
+    assert max(sizes) == 4
 
 
 @pytest.mark.parametrize("kind", SMALL)
@@ -372,13 +372,13 @@ def test_a_host_that_is_behind_changes_no_token(decoder, sampling, request):
 
 def test_what_is_batched_with_what_does_not_depend_on_how_fast_the_host_is(decoder, monkeypatch, request):
     in_flight = request.getfixturevalue("late")
-    covered, step = [], Engine.step
-    monkeypatch.setattr(Engine, "step", lambda self, n, window: covered.append(n) or step(self, n, window))
+    sizes, step = [], Engine.step
+    monkeypatch.setattr(Engine, "step", lambda self, n, covered: sizes.append(n) or step(self, n, covered))
     decode(decoder, batch_size=4)
-    behind, covered[:] = list(covered), []
+    behind, sizes[:] = list(sizes), []
     monkeypatch.setattr(Drawn, "ready", lambda self: True)
     decode(decoder, batch_size=4)
-    assert covered == behind and max(in_flight) == 5
+    assert sizes == behind and max(in_flight) == 5
 
 
 def test_rows_end_on_the_device(tokenizer):
@@ -395,9 +395,9 @@ def test_rows_end_on_the_device(tokenizer):
         drawn += [engine.step(2, 32) for _ in range(8)]
         tokens = [integers[0] for integers, _ in (one.read()[1] for one in drawn)]
         assert not engine._live.any()
-        (forward,) = engine._forwards
         ends = [4, 5] if eos is None else [4, 1 + tokens.index(engine._eos[0])]
-        assert forward.lengths.flatten().tolist() == [len(ids) + n - 1 for ids, n in zip(prompts, ends, strict=True)]
+        lengths = engine._offsets[:, 0] + engine._rows["position"]
+        assert lengths.tolist() == [len(ids) + n - 1 for ids, n in zip(prompts, ends, strict=True)]
         engine._eos = torch.tensor([tokens[2]])
     assert ends[1] <= 3
 
@@ -454,10 +454,10 @@ def test_memory_is_flat_over_many_prompts(tokenizer):
 
 
 class ReplayedStep:
-    """What a CUDA graph is to the engine: a step with the numbers, rows and window that it was captured with."""
+    """What a CUDA graph is to the engine: a step with the numbers and sizes that it was captured with."""
 
-    def __init__(self, engine, n, window):
-        self.engine, self.numbers, self.sizes, self.replays = engine, dict(engine._numbers), (n, window), 0
+    def __init__(self, engine, n, covered):
+        self.engine, self.numbers, self.sizes, self.replays = engine, dict(engine._numbers), (n, covered), 0
         self.values = torch.empty(n, 4 + engine._arms, dtype=torch.int32)
 
     def replay(self):
@@ -475,8 +475,8 @@ def test_graphs_are_chosen_by_all_that_they_hold(decoder, monkeypatch):
         begin(self, *args, **options)
         self.cuda_graph = True
 
-    def capture(self, n, window):
-        graphs.append(ReplayedStep(self, n, window))
+    def capture(self, n, covered):
+        graphs.append(ReplayedStep(self, n, covered))
         return graphs[-1], graphs[-1].values
 
     settings = [{"temperature": 0.0}, {"top_k": 5, "seed": 1}, {"temperature": [0.5 + i / 20 for i in range(21)]}]
@@ -512,21 +512,22 @@ def test_static_forward_rows_do_not_see_each_other(tokenizer):
             for layer in forward._cache.layers:
                 layer.keys.fill_(noise), layer.values.fill_(noise)
             forward.prefill([1], [[[5, 6, 7, 8]]])
-            logits.append(forward.step(torch.tensor([9, 9, 9]), torch.tensor([False, True, False]), 16)[1])
+            logits.append(forward.step(torch.tensor([[9]] * 3), torch.tensor([[0], [4], [0]]), 16)[1])
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
 
 
-def test_a_row_that_has_ended_stays_within_the_window_and_the_position_table(tokenizer):
+def test_a_row_that_has_ended_stays_within_what_is_covered_and_the_position_table(tokenizer):
     """What it has reached may lie beyond what the others have left; it is computed with them, and must be finite."""
     for kind in ("gpt2", "gemma2"):
         provider = GuidedDecoder(make_model(kind, max_position_embeddings=40), tokenizer)._provider
-        (one,) = provider.passes
+        engine, _ = provider.take(2, 64, 2)
+        parameters = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        engine.begin([0, 1], [Begin([ids], 0, limit, 0, [], parameters) for ids, limit in (([5] * 40, 1), ([6, 7], 9))])
+        assert engine._live.tolist() == [False, True]
         with torch.inference_mode():
-            forward = StaticForward(one.models, one.shapes, slots=2, length=64)
-            forward.prefill([0, 1], [[[5] * 40], [[6, 7]]])
-            logits = forward.step(torch.tensor([9, 9]), torch.tensor([False, True]), 16)
-            forward.advance(torch.tensor([False, True]))
-        assert logits.isfinite().all() and forward.lengths.flatten().tolist() == [40, 3]
+            (logits,) = engine._forward(torch.tensor([[9], [9]]), 16)
+        assert logits.isfinite().all()
+        (forward,) = engine._forwards
         assert all(layer.keys.isfinite().all() for layer in forward._cache.layers)
 
 

@@ -156,7 +156,7 @@ def test_the_check_at_loading_is_sharp_enough(monkeypatch, fault):
     if fault == "padding":
         monkeypatch.setattr("genarm.decoding.forwards._left_padded", lambda rows: unmasked(rows))
     elif fault == "sliding window":
-        monkeypatch.setattr(transformers_api, "layer_windows", lambda model: [9] * 2)
+        monkeypatch.setattr(transformers_api, "sliding_windows", lambda model: [9] * 2)
     elif fault == "rope":
         monkeypatch.setattr(transformers_api, "embed_positions_by_row", lambda model: None)
     else:
@@ -250,7 +250,7 @@ def test_static_models_of_one_base_do_not_share_frequencies():
     """They run on streams of their own, and one that is at its long factors must not change the other's."""
     model = model_of("phi3")
     first, second = StaticModels(model), StaticModels(model)
-    ropes = [one.model.rotary_emb.rope for models in (first, second) for one in (models.prefill, models.one_token)]
+    ropes = [one.model.rotary_emb.rope for models in (first, second) for one in (models.prefill, models.step_module)]
     assert len({one.inv_freq.data_ptr() for one in (*ropes, model.model.rotary_emb)}) == 5
 
 

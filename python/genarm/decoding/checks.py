@@ -43,16 +43,16 @@ def static_shapes(model: Any) -> list[LayerShape] | str:
     missing = {"position_ids", "attention_mask"} - transformers_api.parameters(model)
     if lacks := sorted(missing | (set() if name else {"cache"})):
         return f"its forward takes no {' nor '.join(lacks)}"
-    windows = transformers_api.layer_windows(model)
-    if isinstance(windows, str):
-        return windows
+    sliding_windows = transformers_api.sliding_windows(model)
+    if isinstance(sliding_windows, str):
+        return sliding_windows
 
     def shapes() -> list[LayerShape]:
         seen = _Shapes()
         model(input_ids=_tensor(model, [_tokens(model, 5)]), use_cache=True, **{str(name): seen})
-        if len(seen.shapes) != len(windows):
-            raise UnsuitedError(f"{len(seen.shapes)} of its {len(windows)} layers use a cache")
-        return [LayerShape(*shape, window) for shape, window in zip(seen.shapes, windows, strict=True)]
+        if len(seen.shapes) != len(sliding_windows):
+            raise UnsuitedError(f"{len(seen.shapes)} of its {len(sliding_windows)} layers use a cache")
+        return [LayerShape(*shape, window) for shape, window in zip(seen.shapes, sliding_windows, strict=True)]
 
     found = attempt(shapes)
     if isinstance(found, str):
@@ -77,11 +77,11 @@ def differs(models: StaticModels, shapes: Sequence[LayerShape], alone: Sequence[
     longest = _lengths(alone)[-1] + 2 + _STEPS + len(alone)
     length = -(-longest // 16) * 16
     forward = StaticForward(models, shapes, slots=3, length=length, operands=len(alone))
-    return _differs(forward, alone, batched=True, window=length)
+    return _differs(forward, alone, batched=True, covered=length)
 
 
 @torch.inference_mode()
-def _differs(forward: Forward, alone: Sequence[Any], batched: bool, window: int = 0) -> bool:
+def _differs(forward: Forward, alone: Sequence[Any], batched: bool, covered: int = 0) -> bool:
     """Whether the logits of rows in `forward` are other than those of each operand's own model, alone and uncached."""
     expected = [_Uncached(model) for model in alone]
     for length in _lengths(alone):
@@ -91,28 +91,30 @@ def _differs(forward: Forward, alone: Sequence[Any], batched: bool, window: int 
             [_tokens(model, start + i, seed=i) for i, model in enumerate(alone)] for start in (2, length, length + 2)
         ]
         for group in [rows] if batched else [[row] for row in rows]:
-            if _group_differs(forward, group, expected, window):
+            if _group_differs(forward, group, expected, covered):
                 return True
     return False
 
 
-def _group_differs(forward: Forward, rows: list[list[list[int]]], expected: Sequence["_Uncached"], window: int) -> bool:
+def _group_differs(
+    forward: Forward, rows: list[list[list[int]]], expected: Sequence["_Uncached"], covered: int
+) -> bool:
     slots = list(range(len(rows)))
     logits = forward.prefill(slots, rows)
     distances: list[list[list[float]]] = [[[] for _ in expected] for _ in slots]
     for step in range(_STEPS + 1):
         for slot in slots:
             for operand, own in enumerate(expected):
-                distances[slot][operand].append(own.distance(logits[slot, operand], rows[slot][operand]))
+                distances[slot][operand].append(own.distance(logits[slot, operand, 0], rows[slot][operand]))
         if step == _STEPS:
             break
         fed = [expected[0].token(5 * step + slot) for slot in slots]
+        lengths = torch.tensor([[len(ids) for ids in row] for row in rows])
         rows = [[[*ids, token] for ids in row] for row, token in zip(rows, fed, strict=True)]
         again = [slot for slot in slots if any(forward.outgrown(len(ids)) for ids in rows[slot])]
-        live = torch.tensor([slot not in again for slot in slots], device=forward.device)
-        if live.any():
-            logits = forward.step(torch.tensor(fed, device=forward.device), live, window)
-            forward.advance(live)
+        if len(again) < len(slots):
+            lengths[again] = 0
+            logits = forward.step(torch.tensor(fed)[:, None], lengths, covered)
         if again:
             logits = logits.clone()
             logits[again] = forward.prefill(again, [rows[slot] for slot in again])

@@ -21,7 +21,7 @@ from ..text import TextStream
 from .provision import ModelPath, Options, Provider
 from .request import Messages, PerPrompt, Request, Weights, encode, requests
 from .results import Decoded, GenerationResult, StreamEvent
-from .scheduler import Row, Run
+from .scheduler import Row, Run, run_for
 
 _LOGGER = logging.getLogger("genarm")
 
@@ -317,7 +317,7 @@ class GuidedDecoder:
             return
         length = max(max(map(len, row.prompts)) + row.limit for row in rows)
         engine, at_once = self._provider.take(len(rows), length, batch_size)
-        run, sound = Run(engine, at_once, rows, self._eos), True
+        run, sound = run_for(engine, at_once, rows, self._eos), True
         del rows  # what has been decoded can go
         try:
             for grown in run:

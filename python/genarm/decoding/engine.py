@@ -4,6 +4,9 @@
 
 What a step reads and writes lies in tensors that stay where they are, so that on a GPU the whole of it is one CUDA
 graph, and nothing waits for the host.
+
+A row's length in the caches follows from its position in the continuation. `_forward` takes any number of tokens per
+row, and `_advance` makes each row longer by as many of them as it accepts; the others are as if they had never been.
 """
 
 import logging
@@ -72,7 +75,7 @@ class Engine:
         slots: int,
         *,
         length: int,
-        window: int,
+        granularity: int,
         refill: bool,
         vocab_size: int,
         eos: Sequence[int],
@@ -81,29 +84,34 @@ class Engine:
         streams: bool,
         cuda_graph: bool,
     ) -> None:
-        """`operands`: of the base, then of each ARM in order; `length`: tokens a row may have; `window`: a step's
+        """`operands`: of the base, then of each ARM in order; `length`: tokens a row may have; `granularity`: a step's
         attention covers a multiple of so many; `refill`: a row may begin while others go on.
         """
         self.slots = slots
         self.length = length
-        self.window = window
+        self.granularity = granularity
         self.refill = refill
         self._forwards = list(forwards)
         self.grows_freely = all(forward.grows_freely for forward in forwards)
         self._operands = list(operands)
+        self._of_forwards = [  # by forward pass, which operands (0: base) its rows are, in its order
+            [operand for operand, (forward, _) in enumerate(operands) if forward == f] for f in range(len(forwards))
+        ]
         self._arms = len(operands) - 1
         self._vocab_size = vocab_size
         self._backend = backend
         self._device = device
         self._streams = streams
         one_device = {x.device for x in forwards} == {device}
-        self.cuda_graph = cuda_graph and refill and device.type == "cuda" and one_device
+        self.cuda_graph = cuda_graph and device.type == "cuda" and one_device
         self._capture_stream = torch.cuda.Stream(device) if self.cuda_graph else None
         with torch.inference_mode():
             self._eos = torch.tensor(sorted(eos), dtype=torch.int64, device=device)
             self._tokens = torch.zeros(slots, dtype=torch.int64, device=device)
             self._live = torch.zeros(slots, dtype=torch.bool, device=device)
             self._weights = torch.zeros(slots, self._arms, device=device)
+            # Of a row's length in a cache, what its position must be added to; by operand, in the forwards' order.
+            self._offsets = torch.zeros(slots, len(operands), dtype=torch.int64, device=device)
             self._rows = {
                 name: torch.zeros(slots, dtype=_DTYPES.get(name, torch.float32), device=device)
                 for name in (*PER_ROW, "seed", "position", "limit")
@@ -131,9 +139,12 @@ class Engine:
         """Puts rows into slots and draws the next token of each. Their operands' prompts go through one pass each."""
         with self._context():
             at = self._upload(slots, torch.int64)
-            prompts = [[[row.prompts[i] for i in of] for row in rows] for of in self._of_forwards()]
+            prompts = [[[row.prompts[i] for i in of] for row in rows] for of in self._of_forwards]
             logits = self._run([partial(x.prefill, slots, one) for x, one in zip(self._forwards, prompts, strict=True)])
             self._weights[at] = self._upload([row.weights for row in rows], torch.float32)
+            # The last token drawn is not in the cache yet: the next step feeds it.
+            offsets = [[len(row.prompts[i]) - row.position - 1 for of in self._of_forwards for i in of] for row in rows]
+            self._offsets[at] = self._upload(offsets, torch.int64)
             columns = {name: [getattr(row.request, name) for row in rows] for name in (*PER_ROW, "seed")}
             columns |= {"position": [x.position for x in rows], "limit": [x.request.max_new_tokens for x in rows]}
             for name, column in columns.items():
@@ -141,28 +152,28 @@ class Engine:
             self._live[at] = True
             return self._send(self._draw(logits, at))
 
-    def step(self, n: int, window: int) -> Drawn:
-        """Draws the next token of the first n slots; no live row is longer than `window` tokens with its last one."""
+    def step(self, n: int, covered: int) -> Drawn:
+        """Draws the next token of the first n slots; no live row is longer than `covered` tokens with its last one."""
         with self._context():
             if not self.cuda_graph:
-                return self._send(self._step(n, window))
-            key = (n, window, tuple(sorted(self._numbers.items())))
+                return self._send(self._step(n, covered))
+            key = (n, covered, tuple(sorted(self._numbers.items())))
             if key not in self._graphs:
-                drawn = self._send(self._step(n, window))
+                drawn = self._send(self._step(n, covered))
                 self._graphs[key] = None  # compiled, loaded and allocated: it can be captured the next time
                 return drawn
-            captured = self._graphs[key] or self._capture(n, window)
+            captured = self._graphs[key] or self._capture(n, covered)
             if captured is None:
-                return self._send(self._step(n, window))
+                return self._send(self._step(n, covered))
             self._graphs[key] = captured
             graph, values = captured
             graph.replay()
             return self._send(values)
 
-    def outgrown(self, lengths: Sequence[int]) -> bool:
-        """Whether a row whose operands become so long is to begin again, in place of a step."""
+    def outgrown(self, lengths: Sequence[int], tokens: int = 1) -> bool:
+        """Whether a row whose operands become so long is to begin again, in place of a step of `tokens` per row."""
         return any(
-            self._forwards[operand.forward].outgrown(length)
+            self._forwards[operand.forward].outgrown(length, tokens)
             for operand, length in zip(self._operands, lengths, strict=True)
         )
 
@@ -171,29 +182,38 @@ class Engine:
         with self._context():
             self._weights[slot] = self._upload(weights, torch.float32)
 
-    def move(self, source: int, target: int, window: int) -> None:
-        """Moves the row of a slot to another, whose row has ended."""
+    def move(self, source: int, target: int, covered: int) -> None:
+        """Moves the row of a slot, no longer than `covered`, to another, whose row has ended."""
         with self._context():
             for forward in self._forwards:
-                forward.move(source, target, window)
-            for state in (self._tokens, self._live, self._weights, *self._rows.values()):
+                forward.move(source, target, covered)
+            for state in (self._tokens, self._live, self._weights, self._offsets, *self._rows.values()):
                 state[target] = state[source]
             self._live[source] = False
 
-    def _step(self, n: int, window: int) -> Tensor:
-        tokens, live = self._tokens[:n], self._live[:n]
-        before = live.clone()
-        logits = self._run([partial(x.step, tokens, live, window) for x in self._forwards])
-        values = self._draw(logits, slice(n))
-        for forward in self._forwards:
-            forward.advance(before)
-        return values
+    def _step(self, n: int, covered: int) -> Tensor:
+        return self._draw(self._forward(self._tokens[:n, None], covered), slice(n))
+
+    def _forward(self, tokens: Tensor, covered: int) -> list[Tensor]:
+        """Feeds `tokens` `[n, T]` to the rows of the first n slots, which stay as long as they are. By forward pass,
+        logits `[n, operands, T, V]` after each token.
+        """
+        n = len(tokens)
+        lengths = torch.where(self._live[:n, None], self._offsets[:n] + self._rows["position"][:n, None], 0)
+        each = lengths.split([len(of) for of in self._of_forwards], 1)
+        return self._run([partial(x.step, tokens, own, covered) for x, own in zip(self._forwards, each, strict=True)])
+
+    def _advance(self, at: Any, accepted: Tensor) -> None:
+        """Makes each row longer by the first `accepted` `[n]` (int64 or bool) of the tokens that it was last fed."""
+        self._rows["position"][at] += accepted
 
     def _draw(self, logits: list[Tensor], at: Any) -> Tensor:
-        """int32 `[n, 4 + N]`: the fields of `Drawn`, the floats by their bits."""
+        """From logits `[n, operands, 1, V]` of each forward pass. int32 `[n, 4 + N]`: the fields of `Drawn`, the floats
+        by their bits.
+        """
         if len({x.dtype for x in logits}) > 1:
             logits = [x.float() for x in logits]
-        base, *arms = [logits[forward][:, index].to(self._device) for forward, index in self._operands]
+        base, *arms = [logits[forward][:, index, 0].to(self._device) for forward, index in self._operands]
         rows = {name: values[at] for name, values in self._rows.items()}
         parameters: dict[str, Any] = {name: self._numbers.get(name, rows[name]) for name in PER_ROW}
         drawn = guided_step(
@@ -207,10 +227,9 @@ class Engine:
             backend=self._backend,
         )
         live = self._live[at]
-        position = rows["position"] + live
-        self._rows["position"][at] = position
+        self._advance(at, live)
         self._tokens[at] = drawn.token.clamp_min(0)  # -1: the host raises for a row that could not be drawn
-        ended = (drawn.token[:, None] == self._eos).any(1) | (position >= rows["limit"])
+        ended = (drawn.token[:, None] == self._eos).any(1) | (self._rows["position"][at] >= rows["limit"])
         self._live[at] = live & ~ended
         assert drawn.logprob is not None and drawn.base_logprob is not None and drawn.arm_logprobs is not None
         floats = torch.cat([drawn.logprob[:, None], drawn.base_logprob[:, None], drawn.arm_logprobs], 1)
@@ -219,7 +238,7 @@ class Engine:
     def _run(self, calls: list[Any]) -> list[Tensor]:
         return run_concurrently(*calls) if self._streams else [call() for call in calls]
 
-    def _capture(self, n: int, window: int) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
+    def _capture(self, n: int, covered: int) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
         """A step as a graph; None, from here on, where a model waits for the device or cannot be captured."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
@@ -227,10 +246,10 @@ class Engine:
         try:
             # Forwards alone: they change nothing that counts. A wait inside a capture would leave torch unusable.
             torch.cuda.set_sync_debug_mode("error")
-            self._run([partial(x.step, self._tokens[:n], self._live[:n], window) for x in self._forwards])
+            self._forward(self._tokens[:n, None], covered)
             torch.cuda.set_sync_debug_mode(watch)
             with torch.cuda.graph(graph, pool=self._pool, stream=self._capture_stream):
-                values = self._step(n, window)
+                values = self._step(n, covered)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -253,13 +272,6 @@ class Engine:
 
     def _upload(self, values: Any, dtype: torch.dtype) -> Tensor:
         return to_device(torch.tensor(values, dtype=dtype), self._device)
-
-    def _of_forwards(self) -> list[list[int]]:
-        """By forward pass, which operands (0: base) its rows are, in its order."""
-        return [
-            [operand for operand, (forward, _) in enumerate(self._operands) if forward == f]
-            for f in range(len(self._forwards))
-        ]
 
     @contextmanager
     def _context(self) -> Iterator[None]:

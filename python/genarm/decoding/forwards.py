@@ -1,9 +1,12 @@
-"""Forward passes over rows that grow one token a step, each at a length of its own.
+"""Forward passes over rows that grow by up to T tokens a step, each at a length of its own.
 
 `StaticForward` keeps the KV caches in slots that are allocated once: a row can end and another begin at any step, and
 a step has no shape that depends on the tokens, so that it can be captured in a CUDA graph. `PlainForward` takes any
-other model: a batch that begins and ends together, in the caches that the model makes for itself. Which of them a model
-gets, `checks.py` decides.
+other model, one token a step: a batch that begins and ends together, in the caches that the model makes for itself.
+Which of them a model gets, `checks.py` decides.
+
+How long the rows are, the engine knows and says at each step. A step writes the keys and values of its tokens behind a
+row; the next step writes over those that the row did not become longer by, and no token looks at them.
 """
 
 import os
@@ -37,22 +40,23 @@ class Forward(Protocol):
     """No row outgrows its cache."""
 
     def prefill(self, slots: Sequence[int], prompts: Prompts) -> Tensor:
-        """Puts prompts into slots; logits `[n, operands, V]` of the token after each."""
+        """Puts prompts into slots; logits `[n, operands, 1, V]` of the token after each."""
 
-    def step(self, tokens: Tensor, live: Tensor, window: int) -> Tensor:
-        """Logits `[n, operands, V]` after `tokens` `[n]` int64, one for each of the first n slots.
+    def step(self, tokens: Tensor, lengths: Tensor, covered: int) -> Tensor:
+        """Feeds `tokens` `[n, T]` int64 to the rows of the first n slots, each behind the `lengths` `[n, operands]`
+        int64 tokens that it has; logits `[n, operands, T, V]` after each token.
 
-        No row that is live `[n]` bool may be longer than `window` afterwards; of the others nothing is kept.
+        With its T tokens a row may be neither longer than `covered` nor `outgrown`. A row that has ended is given
+        length 0: its tokens then have a place, however far it had come, and nothing of it is kept.
         """
 
-    def advance(self, live: Tensor) -> None:
-        """Makes the rows `[n]` bool that took a token in a step longer by it."""
+    def move(self, source: int, target: int, covered: int) -> None:
+        """Copies the row of a slot, no longer than `covered`, into another slot."""
 
-    def move(self, source: int, target: int, window: int) -> None:
-        """Copies the row of a slot, no longer than `window`, into another slot."""
-
-    def outgrown(self, length: int) -> bool:
-        """Whether a row that becomes `length` tokens long needs another cache: it is to be prefilled, not stepped."""
+    def outgrown(self, length: int, tokens: int = 1) -> bool:
+        """Whether a row that becomes `length` tokens long by a step of `tokens` needs another cache on the way: it is
+        to be prefilled, or stepped by fewer.
+        """
 
 
 class UnsuitedError(Exception):
@@ -67,7 +71,7 @@ class LayerShape:
     value: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
-    window: int | None  # tokens that a query sees, itself included; None: all
+    sliding_window: int | None  # tokens that a query sees, itself included; None: all
 
     @property
     def bytes_per_token(self) -> int:
@@ -77,7 +81,7 @@ class LayerShape:
 class _Layer(CacheLayerMixin):
     """Keys and values `[rows, length, heads, width]`: a token's are contiguous, and written by its index in rows."""
 
-    is_sliding = False  # also where the layer attends to a window: the mask says so
+    is_sliding = False  # also where the layer's attention slides: the mask says so
     is_compileable = True
 
     def __init__(self, shape: LayerShape, rows: int, length: int) -> None:
@@ -92,14 +96,14 @@ class _Layer(CacheLayerMixin):
         pass
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, index: Tensor, rows: int, window: int
+        self, key_states: Tensor, value_states: Tensor, *args: Any, index: Tensor, rows: int, covered: int
     ) -> tuple[Tensor, Tensor]:
         index = index.to(self.keys.device)
         for stored, new in zip(self._by_token, (key_states, value_states), strict=True):
             stored.index_copy_(0, index, new.transpose(1, 2).reshape(len(index), -1))
-        if not window:
+        if not covered:
             return key_states, value_states
-        return self.keys[:rows, :window].transpose(1, 2), self.values[:rows, :window].transpose(1, 2)
+        return self.keys[:rows, :covered].transpose(1, 2), self.values[:rows, :covered].transpose(1, 2)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0  # for prefill, where a prompt attends to itself; a step brings its own mask
@@ -117,7 +121,7 @@ class _SlotCache(Cache):
     def __init__(self, shapes: Sequence[LayerShape], rows: int, length: int) -> None:
         super().__init__(layers=[_Layer(shape, rows, length) for shape in shapes])
         self._index: Tensor
-        self._rows = self._window = 0
+        self._rows = self._covered = 0
 
     def clear(self, rows: Tensor) -> None:
         """Takes out what earlier rows have left, which may be NaN."""
@@ -125,24 +129,23 @@ class _SlotCache(Cache):
             for stored in (layer.keys, layer.values):
                 stored.index_fill_(0, rows.to(stored.device), 0)
 
-    def begin(self, index: Tensor, rows: int, window: int) -> None:
-        """The next forward writes at `index` `[rows * T]` of the flattened rows, and attends to the first `window`
-        tokens of each row; to nothing but itself where `window` is 0.
+    def begin(self, index: Tensor, rows: int, covered: int) -> None:
+        """The next forward writes at `index` `[rows * T]` of the flattened rows, and attends to the first `covered`
+        tokens of each row; to nothing but itself where `covered` is 0.
         """
-        self._index, self._rows, self._window = index, rows, window
+        self._index, self._rows, self._covered = index, rows, covered
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         layer = self.layers[layer_idx]
-        return layer.update(key_states, value_states, index=self._index, rows=self._rows, window=self._window)
+        return layer.update(key_states, value_states, index=self._index, rows=self._rows, covered=self._covered)
 
 
 class StaticForward:
     """One model over slots of `operands` rows each, in caches of `length` tokens a row that are allocated here.
 
-    Rows lie slot after slot, so that the first n slots are the first rows. `lengths` `[slots, operands]` tokens are in
-    the cache.
+    Rows lie slot after slot, so that the first n slots are the first rows.
     """
 
     def __init__(
@@ -154,11 +157,10 @@ class StaticForward:
         self._models = models
         self._length = length
         self._cache = _SlotCache(shapes, slots * operands, length)
-        self._windows = {shape.window for shape in shapes}
+        self._sliding_windows = {shape.sliding_window for shape in shapes}
         self._dtype = shapes[0].dtype
-        self._options: dict[str, Any] = transformers_api.last_logits_only(models.prefill)
-        self._options |= {models.cache_argument: self._cache, "use_cache": True}
-        self.lengths = torch.zeros(slots, operands, dtype=torch.int64, device=self.device)
+        self._last_only = transformers_api.last_logits_only(models.prefill)
+        self._options: dict[str, Any] = {models.cache_argument: self._cache, "use_cache": True}
         self._starts = torch.arange(slots * operands, device=self.device) * length
         self._columns = torch.arange(length, device=self.device)
 
@@ -173,54 +175,49 @@ class StaticForward:
             input_ids=to_device(ids, self.device),
             position_ids=to_device(places.clamp_min(0), self.device),
             attention_mask=None if mask.all() else to_device(mask.long(), self.device),
+            **self._last_only,
             **self._options,
         )
-        at = to_device(torch.tensor(slots), self.device)
-        self.lengths[at] = to_device(mask.sum(1).view(-1, self.operands), self.device)
-        return self._by_operand(outputs.logits)
+        return self._by_operand(outputs.logits[:, -1:])
 
-    def step(self, tokens: Tensor, live: Tensor, window: int) -> Tensor:
-        # A row that has ended takes its first place: its last may lie behind the window, or off a position table.
-        lengths = torch.where(live.to(self.device)[:, None], self.lengths[: len(tokens)], 0).flatten()
-        rows = len(lengths)
-        self._cache.begin(self._starts[:rows] + lengths, rows, window)
+    def step(self, tokens: Tensor, lengths: Tensor, covered: int) -> Tensor:
+        width = tokens.shape[1]
+        places = lengths.to(self.device).flatten()[:, None] + self._columns[:width]
+        rows = len(places)
+        self._cache.begin((self._starts[:rows, None] + places).flatten(), rows, covered)
         outputs = self._models.step(
-            input_ids=tokens.to(self.device)[:, None].expand(-1, self.operands).reshape(rows, 1),
-            position_ids=lengths[:, None],
-            attention_mask=self._mask(lengths, window),
+            input_ids=tokens.to(self.device)[:, None].expand(-1, self.operands, -1).reshape(rows, width),
+            position_ids=places,
+            attention_mask=self._mask(places, covered),
             **self._options,
         )
         return self._by_operand(outputs.logits)
 
-    def outgrown(self, length: int) -> bool:
-        return self._models.rope.outgrown(length)
+    def outgrown(self, length: int, tokens: int = 1) -> bool:
+        return self._models.rope.outgrown(length, tokens)
 
-    def advance(self, live: Tensor) -> None:
-        self.lengths[: len(live)] += live.to(self.device)[:, None]
-
-    def move(self, source: int, target: int, window: int) -> None:
+    def move(self, source: int, target: int, covered: int) -> None:
         rows, to = (slice(slot * self.operands, (slot + 1) * self.operands) for slot in (source, target))
         for layer in self._cache.layers:
             for stored in (layer.keys, layer.values):
-                stored[to, :window] = stored[rows, :window]
-        self.lengths[target] = self.lengths[source]
+                stored[to, :covered] = stored[rows, :covered]
 
-    def _mask(self, lengths: Tensor, window: int) -> Any:
-        """Added to the scores, `[rows, 1, 1, window]`: 0 where a row's new token looks, -inf elsewhere; by the layer's
-        kind where there are two.
+    def _mask(self, places: Tensor, covered: int) -> Any:
+        """Added to the scores, `[rows, 1, T, covered]`: 0 where a row's token at a place looks, -inf elsewhere; by the
+        layer's kind where there are two.
         """
-        columns, last = self._columns[:window], lengths[:, None]
-        causal = columns <= last
+        columns, own = self._columns[:covered], places[..., None]
+        causal = columns <= own
         masks = {
             "full_attention" if span is None else "sliding_attention": torch.where(
-                causal if span is None else causal & (columns > last - span), 0.0, -torch.inf
-            ).to(self._dtype)[:, None, None]
-            for span in self._windows
+                causal if span is None else causal & (columns > own - span), 0.0, -torch.inf
+            ).to(self._dtype)[:, None]
+            for span in self._sliding_windows
         }
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _by_operand(self, logits: Tensor) -> Tensor:
-        return logits[:, -1].unflatten(0, (-1, self.operands))
+        return logits.unflatten(0, (-1, self.operands))
 
 
 class StaticModels:
@@ -236,26 +233,28 @@ class StaticModels:
             # On a CPU torch copies the head's weights, a row at a time, for strided states: the last column of many.
             # A clone even of a single row, which counts as contiguous and is copied for all the same.
             head.register_forward_pre_hook(lambda _, args: (args[0].clone(memory_format=torch.contiguous_format),))
-        self.one_token = loading.twin(model)
-        transformers_api.set_attention(self.one_token, "genarm_decode")
-        for one in (self.prefill, self.one_token):
+        self.step_module = loading.twin(model)
+        transformers_api.set_attention(self.step_module, "genarm_decode")
+        for one in (self.prefill, self.step_module):
             transformers_api.embed_positions_by_row(one)
-        self.step = _Compiled(self.one_token) if fuse else self.one_token
+        self.step = _Compiled(self.step_module) if fuse else self.step_module
 
 
 class _Compiled:
-    """`torch.compile` of a model's step, for each number of rows and each window anew; its results stay on disk."""
+    """`torch.compile` of a model's step, anew for each number of rows, tokens and places covered. Its results stay on
+    disk.
+    """
 
     def __init__(self, model: Any) -> None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genarm" / "inductor"
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))  # torch's own default is cleared at a restart
         self._name = type(transformers_api.unwrapped(model)).__name__
         self._model = torch.compile(model, dynamic=False)
-        self._seen: set[tuple[int, int]] = set()
+        self._seen: set[tuple[int, ...]] = set()
 
     def __call__(self, *, input_ids: Tensor, attention_mask: Any, **inputs: Any) -> Any:
         mask = next(iter(attention_mask.values())) if isinstance(attention_mask, dict) else attention_mask
-        sizes = len(input_ids), mask.shape[-1]
+        sizes = (*input_ids.shape, mask.shape[-1])
         start = time.perf_counter()
         if new := sizes not in self._seen:
             self._seen.add(sizes)
@@ -270,7 +269,8 @@ class _Compiled:
 class PlainForward:
     """One model over a batch of rows that begin together, in whatever cache the model makes.
 
-    Prompts are padded on the left, so that all rows grow at their right end together; rows that have ended grow on.
+    Prompts are padded on the left, so that all rows grow at their right end together, one token a step; rows that have
+    ended grow on.
     """
 
     operands = 1
@@ -287,38 +287,33 @@ class PlainForward:
         self._takes_positions = "position_ids" in transformers_api.parameters(model)
         self._options = transformers_api.last_logits_only(model)
         self._cache_name = transformers_api.cache_argument(model) or ""
-        self._max_positions = transformers_api.max_positions(model)
         self._mask: Tensor | None = None
-        self._positions: Tensor
         self._cache: Any = None
 
     def prefill(self, slots: Sequence[int], prompts: Prompts) -> Tensor:
         ids, mask, places = _left_padded([ids for (ids,) in prompts])
         self._mask = None if mask.all() else mask.long().to(self.device)
-        self._positions = places.clamp_min(0).to(self.device)
         self._cache = None
-        return self._forward(ids.to(self.device))
+        return self._forward(ids.to(self.device), places.clamp_min(0).to(self.device))
 
-    def step(self, tokens: Tensor, live: Tensor, window: int) -> Tensor:
+    def step(self, tokens: Tensor, lengths: Tensor, covered: int) -> Tensor:
+        if tokens.shape[1] != 1:
+            raise ValueError(
+                f"tokens: expected one per row, as a cache of the model's own takes none back, got {tokens.shape[1]}"
+            )
         if self._mask is not None:
             # A state-space cache has taken the padding in; a step would multiply the whole mask into one token.
             grown = F.pad(self._mask, (0, 1), value=1)
             self._mask = None if self._kind is PlainKind.MASKED_PROMPTS else grown
-        self._positions = self._positions[:, -1:] + 1
-        if self._max_positions is not None:  # a row that has ended must not run off the end of a position table
-            self._positions = self._positions.clamp_max(self._max_positions - 1)
-        return self._forward(tokens[:, None].to(self.device))
+        return self._forward(tokens.to(self.device), lengths.to(self.device))
 
-    def advance(self, live: Tensor) -> None:
-        pass
-
-    def move(self, source: int, target: int, window: int) -> None:
+    def move(self, source: int, target: int, covered: int) -> None:
         raise NotImplementedError("a model with a cache of its own keeps its rows")
 
-    def outgrown(self, length: int) -> bool:
-        return self._kind is PlainKind.UNCACHED or self._rope.outgrown(length)
+    def outgrown(self, length: int, tokens: int = 1) -> bool:
+        return self._kind is PlainKind.UNCACHED or self._rope.outgrown(length, tokens)
 
-    def _forward(self, ids: Tensor) -> Tensor:
+    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         cached = self._kind is not PlainKind.UNCACHED
         inputs: dict[str, Any] = {"input_ids": ids, "use_cache": cached, **self._options}
         if self._cache is not None:
@@ -326,13 +321,13 @@ class PlainForward:
         if self._mask is not None:
             inputs["attention_mask"] = self._mask
         if self._takes_positions and cached:
-            inputs["position_ids"] = self._positions
+            inputs["position_ids"] = positions
         outputs = self._model(**inputs)
         if cached and (cache := transformers_api.cache_of(outputs)) is None:
             raise UnsuitedError("it gives no cache")
         self._cache = cache if cached else None
         logits: Tensor = outputs.logits
-        return logits[:, -1:]
+        return logits[:, None, -1:]
 
 
 class PlainKind(Enum):
@@ -366,15 +361,18 @@ def _left_padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Attention of one token a row, `query` `[B, heads, 1, width]`, without a copy of the cache for each query head of
-    a group: the group's queries go where a prompt's tokens would.
+    """Attention of T tokens a row, `query` `[B, heads, T, width]`, without a copy of the cache for each query head of a
+    group: the group's queries go where a longer prompt's tokens would, T of a head after T of the one before.
     """
     # A softcap is passed over as PyTorch's own attention passes it over; where the model's does not, the logits differ.
     if more := {name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None}:
         raise UnsuitedError(f"its attention has {', '.join(sorted(more))}")
-    grouped = query.unflatten(1, (key.shape[1], -1)).squeeze(3)
+    heads, tokens = query.shape[1:3]
+    grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+    if tokens > 1:  # the mask of a single one is that of every head
+        attention_mask = attention_mask.repeat(1, 1, heads // key.shape[1], 1)
     out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
-    return out.flatten(1, 2)[:, None], None
+    return out.unflatten(2, (-1, tokens)).flatten(1, 2).transpose(1, 2), None
 
 
 transformers_api.register_attention("genarm_decode", _attend)

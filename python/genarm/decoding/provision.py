@@ -17,8 +17,8 @@ from .forwards import LayerShape, PlainForward, PlainKind, StaticForward, Static
 _LOGGER = logging.getLogger("genarm")
 
 # Attention covers so many tokens more at a time, masked to those there are; on a GPU each is a CUDA graph of its own.
-_WINDOW = {"cuda": 256}
-_WINDOW_ELSEWHERE = 16
+_GRANULARITY = {"cuda": 256}
+_GRANULARITY_ELSEWHERE = 16
 # Prompts decoded at once where the caller leaves it open.
 _MOST_AT_ONCE = {"cuda": 256}
 _MOST_ELSEWHERE = 32
@@ -77,7 +77,7 @@ class Pass:
     @property
     def modules(self) -> list[Any]:
         """The one that runs at a step, last."""
-        return [self.models.prefill, self.models.one_token] if self.plain is None else [self.models]
+        return [self.models.prefill, self.models.step_module] if self.plain is None else [self.models]
 
     def bytes_per_token(self) -> int:
         return len(self.operands) * sum(shape.bytes_per_token for shape in self.shapes)
@@ -94,6 +94,7 @@ class Provider:
         self._eos = eos
         self._options = options
         self._device = torch.device(base.device)
+        self._granularity = _GRANULARITY.get(self._device.type, _GRANULARITY_ELSEWHERE)
         self._cuda_graph = options.cuda_graph and self._device.type == "cuda"  # until a model cannot be captured
         self._passes: list[Pass] | None = None
         self._why: dict[str, str] = {}  # a model has no static caches
@@ -109,19 +110,17 @@ class Provider:
         """
         passes = self.passes
         kept, self._kept = self._kept, None
-        window = _WINDOW.get(self._device.type, _WINDOW_ELSEWHERE)
-        length = -(-length // window) * window
+        length = -(-length // self._granularity) * self._granularity
         slots = max(1, min(prompts, batch_size or _MOST_AT_ONCE.get(self._device.type, _MOST_ELSEWHERE)))
         if not all(one.plain is None or one.plain.batched for one in passes):
             slots = 1
         if kept is not None and kept.length >= length and (kept.slots >= slots or self._kept_is_full):
             return kept, min(slots, kept.slots)
         del kept  # its memory is free for the new one
-        refill = self._fast
         wanted = slots
-        if refill:
+        if self._fast:
             slots = min(slots, self._slots_that_fit(passes, length))
-        engine = self._make(passes, slots, length, window, refill)
+        engine = self._make(passes, slots, length)
         self._kept_is_full = engine.slots < wanted
         return engine, engine.slots
 
@@ -130,16 +129,16 @@ class Provider:
         self._kept = engine
         self._cuda_graph = self._cuda_graph and engine.cuda_graph
 
-    def _make(self, passes: list[Pass], slots: int, length: int, window: int, refill: bool) -> Engine:
+    def _make(self, passes: list[Pass], slots: int, length: int) -> Engine:
         try:
-            return self._engine(passes, slots, length, window, refill)
+            return self._engine(passes, slots, length)
         except torch.OutOfMemoryError as error:  # others took it in the meantime
             if slots == 1:
                 raise GenarmError(f"the KV caches of one prompt do not fit: {error}") from error
         torch.cuda.empty_cache()
-        return self._make(passes, slots // 2, length, window, refill)
+        return self._make(passes, slots // 2, length)
 
-    def _engine(self, passes: list[Pass], slots: int, length: int, window: int, refill: bool) -> Engine:
+    def _engine(self, passes: list[Pass], slots: int, length: int) -> Engine:
         operands: list[Any] = [None] * len(self._models)
         for forward, one in enumerate(passes):
             for index, operand in enumerate(one.operands):
@@ -156,14 +155,14 @@ class Provider:
             operands,
             slots,
             length=length,
-            window=window,
-            refill=refill,
+            granularity=self._granularity,
+            refill=self._fast,
             vocab_size=self._vocab_size,
             eos=self._eos,
             backend=self._options.backend,
             device=self._device,
             streams=self._options.streams,
-            cuda_graph=self._cuda_graph,
+            cuda_graph=self._cuda_graph and self._fast,
         )
 
     @property

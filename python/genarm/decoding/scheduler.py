@@ -97,15 +97,19 @@ class _Flight(NamedTuple):
     drawn: Drawn
 
 
+def run_for(engine: Engine, at_once: int, rows: Sequence[Row], eos: frozenset[int]) -> "Run":
+    """Decodes rows, at most so many at once, in an engine that no other run uses."""
+    return (Run if engine.refill else BatchRun)(engine, at_once, rows, eos)
+
+
 class Run:
-    """Decodes rows in an engine that no other run uses."""
+    """Rows in the slots of an engine's static caches, where a row begins as soon as there is room."""
 
     def __init__(self, engine: Engine, at_once: int, rows: Sequence[Row], eos: frozenset[int]) -> None:
         self._engine = engine
         self._waiting = deque(rows)
         self._slots: list[Row | None] = [None] * engine.slots
         self._usable = at_once
-        self._begun = 0  # rows, when last any began
         self._error: PromptError | None = None
         self._flights: deque[_Flight] = deque()
         self._eos = eos
@@ -148,7 +152,7 @@ class Run:
 
     def _may_begin(self) -> bool:
         occupied = sum(row is not None for row in self._slots)
-        return bool(self._waiting) and (occupied < self._usable if self._engine.refill else occupied == 0)
+        return bool(self._waiting) and occupied < self._usable
 
     def _may_step(self) -> bool:
         if self._flights and self._outgrown():
@@ -173,7 +177,6 @@ class Run:
             self._waiting.extendleft(reversed(rows))
             self._lower_batch(sum(row is not None for row in self._slots) + len(rows) // 2, error)
             return
-        self._begun = len(rows)
         for slot, row in zip(slots, rows, strict=True):
             self._slots[slot] = row
             row.queued = len(row.tokens) + 1
@@ -185,7 +188,7 @@ class Run:
         longest = 0
         while self._waiting and len(rows) < free:
             longest = max(longest, *map(len, self._waiting[0].prompts))
-            if rows and self._engine.refill and longest * (len(rows) + 1) * len(rows[0].prompts) > _PREFILL_TOKENS:
+            if rows and longest * (len(rows) + 1) * len(rows[0].prompts) > _PREFILL_TOKENS:
                 break
             rows.append(self._waiting.popleft())
         return rows
@@ -198,9 +201,9 @@ class Run:
         self._compact()
         n = self._bucket(1 + max(slot for slot, row in enumerate(self._slots) if row is not None))
         try:
-            drawn = self._engine.step(n, self._in_windows(max(row.length for row in self._slots if row is not None)))
+            drawn = self._engine.step(n, self._covering(max(row.length for row in self._slots if row is not None)))
         except torch.OutOfMemoryError as error:
-            # Some forwards may have gone further than others: all rows begin again, half of them at a time.
+            # A model with a cache of its own may have taken the token: all rows begin again, half of them at a time.
             occupied = [slot for slot, row in enumerate(self._slots) if row is not None]
             for slot in reversed(occupied):
                 self._again(slot)
@@ -232,25 +235,24 @@ class Run:
     def _compact(self) -> None:
         """Moves rows to lower slots, when fewer slots would do for those that are left."""
         occupied = [slot for slot, row in enumerate(self._slots) if row is not None]
-        if not self._engine.refill or self._bucket(len(occupied)) >= self._bucket(1 + occupied[-1]):
+        if self._bucket(len(occupied)) >= self._bucket(1 + occupied[-1]):
             return
         free = [slot for slot in range(len(occupied)) if self._slots[slot] is None]
         for source, target in zip(reversed(occupied), free, strict=False):
             row = self._slots[source]
             assert row is not None
-            self._engine.move(source, target, self._in_windows(row.length))
+            self._engine.move(source, target, self._covering(row.length))
             self._slots[source], self._slots[target] = None, row
 
     def _bucket(self, n: int) -> int:
         """How many slots a step covers for n: a CUDA graph for each would be too many."""
-        if not self._engine.refill:
-            return self._begun
         if self._engine.device_type != "cuda":
             return n
         return min(1 << (n - 1).bit_length() if n <= 8 else -(-n // 8) * 8, self._engine.slots)
 
-    def _in_windows(self, length: int) -> int:
-        return -(-length // self._engine.window) * self._engine.window
+    def _covering(self, length: int) -> int:
+        """How much of the caches a step covers for rows of a length: a CUDA graph for each would be too many."""
+        return -(-length // self._engine.granularity) * self._engine.granularity
 
     def _again(self, slot: int) -> None:
         """Takes a row out of its slot, to begin again after the tokens that have been read."""
@@ -271,3 +273,20 @@ class Run:
             raise GenarmError(f"one prompt does not fit into the device's memory: {reason}") from error
         _LOGGER.warning("out of memory: decoding at most %d prompts at once from here on", at_once)
         self._usable = at_once
+
+
+class BatchRun(Run):
+    """Rows in caches that the models make for themselves: a batch begins and ends together, and no row moves."""
+
+    def _may_begin(self) -> bool:
+        return bool(self._waiting) and not any(self._slots)
+
+    def _next_rows(self, free: int) -> list[Row]:
+        self._batch = min(free, len(self._waiting))
+        return [self._waiting.popleft() for _ in range(self._batch)]
+
+    def _compact(self) -> None:
+        pass
+
+    def _bucket(self, n: int) -> int:
+        return self._batch

@@ -75,7 +75,7 @@ def set_attention(model: Any, name: str) -> None:
         config._attn_implementation = name
 
 
-def layer_windows(model: Any) -> list[int | None] | str:
+def sliding_windows(model: Any) -> list[int | None] | str:
     """By layer, how many tokens a query sees, itself included (None: all); or why that cannot be said of a layer."""
     config = text_config(model)
     if "local" in getattr(config, "attention_layers", ()):
@@ -116,9 +116,9 @@ class Rope(NamedTuple):
     def constant(self) -> bool:
         return not self.switches and self.grows_from == math.inf
 
-    def outgrown(self, length: int) -> bool:
-        """Whether a row that becomes `length` tokens long is to be prefilled again."""
-        return length - 1 in self.switches or length > self.grows_from
+    def outgrown(self, length: int, tokens: int = 1) -> bool:
+        """Whether a row that becomes `length` tokens long by its last `tokens` is embedded otherwise on the way."""
+        return any(length - tokens <= switch < length for switch in self.switches) or length > self.grows_from
 
 
 def rope(model: Any) -> Rope:
