@@ -1,8 +1,8 @@
 """A custom engine whose step is one CUDA graph: `python examples/cuda_graph_engine.py`.
 
-Everything that a step reads or writes lies in tensors that stay where they are: tokens, states, positions, weights,
-seeds. The step is run once to compile and to allocate, captured, and replayed; between replays the host changes what
-it likes in the tensors, here a request's weight. Where there is no GPU the same step is called in place of a replay.
+Everything that a step reads or writes lies in tensors that stay where they are: tokens, states, positions, weights and
+seeds. The step runs once to compile and to allocate, is captured, and is replayed. Between replays the host may change
+the tensors, here a request's weight. Where there is no GPU the same step is called in place of a replay.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ VOCABULARY, ROWS, STEPS = 1000, 4, 12
 
 
 class Model(nn.Module):
-    """Stands for yours: a state of its own, written in place as a KV cache is."""
+    """This stands for your model: its state is written in place, as a KV cache is."""
 
     def __init__(self, seed: int, width: int = 64) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Engine:
         self.position += 1
 
     def captured(self) -> Callable[[], None]:
-        """The step as one CUDA graph; the first one, which compiles, has been taken."""
+        """Takes the first step, which compiles, and returns the step as one CUDA graph."""
         self.step()
         if not self.tokens.is_cuda:
             return self.step

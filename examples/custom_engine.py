@@ -1,7 +1,7 @@
 """Guided decoding in an engine of your own: `python examples/custom_engine.py`.
 
-The two untrained models stand for yours. `decode` is what carries over: the forward passes side by side, then one
-`guided_step`, whose draw depends on a request's own seed and position, not on the requests that share its batch.
+The two untrained models stand for yours. `decode` is what carries over: the forward passes run side by side, then comes
+one `guided_step`, whose draw depends on a request's own seed and position, not on the requests that share its batch.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ END = WORDS.index(".")
 
 
 class RecurrentModel(nn.Module):
-    """Logits of the next token and the new state, where a transformer gives logits and its KV cache."""
+    """Gives the logits of the next token and its new state, as a transformer gives logits and its KV cache."""
 
     def __init__(self, seed: int, width: int = 32) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class RecurrentModel(nn.Module):
 
 
 class LastTokenModel(nn.Module):
-    """Looks at the last token alone: an ARM need not be built as the base is, only share its vocabulary."""
+    """Looks at the last token alone: an ARM need not be built as the base is, it must only share its vocabulary."""
 
     def __init__(self, seed: int, width: int = 32) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class LastTokenModel(nn.Module):
 
 @torch.inference_mode()
 def decode(base: nn.Module, arm: nn.Module, token: Tensor, weights: Tensor, seeds: Tensor) -> Iterator[GuidedStep]:
-    """Step after step for the requests that start with `token` `[B]`; the ARM's `weights` `[B, 1]`, `seeds` `[B]`."""
+    """Yields step after step of the requests that start with `token` `[B]`; `weights` `[B, 1]` are the ARM's."""
     base_state = arm_state = None
     for position in range(16):
         (base_logits, base_state), (arm_logits, arm_state) = run_concurrently(

@@ -1,7 +1,8 @@
 """Guided answers to a file of questions, as they finish: `python examples/decode_file.py [FILE [FILE.jsonl]]`.
 
-A question a line. The prompts go through the decoder `AT_ONCE` at a time; one that ends makes room for the next, so
-that a long answer holds up none of the short ones. Without a file, some questions of the bundled models' world.
+The file has one question per line. The prompts go through the decoder `AT_ONCE` at a time. One that ends makes room for
+the next, so that a long answer holds up none of the short ones. Without a file the questions are some of the bundled
+models' world.
 """
 
 import json

@@ -1,7 +1,7 @@
 """A trade-off turned while the text streams: `python examples/live_tradeoff.py`.
 
-Each turn begins with other weights, and turns them round after every sentence, as a slider in an application would:
-what has been written stays, the next token is drawn with the new weights.
+Each turn begins with other weights and mirrors them after every sentence, as if a slider were moved to its other end.
+What has been written stays, and the next token is drawn with the new weights.
 """
 
 from genarm import GuidedDecoder, bundled

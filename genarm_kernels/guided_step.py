@@ -105,8 +105,8 @@ def guided_step(
             have no row's seed in common, and row 0 has s.
         position: int, or int64 tensor `[B]`: index of the token being drawn. The draw is a pure function of (the row,
             seed, position): the caller advances it.
-        token_mask: int32 `[B, W]` bitmask, bit v % 32 of word v // 32 set = allowed (as grammar engines emit it). The
-            examples make one of bools.
+        token_mask: int32 `[B, W]` bitmask, bit v % 32 of word v // 32 set = allowed (as grammar engines emit it).
+            `genarm_kernels.token_mask` makes one of bools or of ids.
         vocab_size: tokens from here on are never drawn; needed when the operands differ in width.
         logprobs: False leaves the four float fields None and spares their cost.
         backend: "auto" or a name of `available_backends()`; a named backend runs or raises.
@@ -126,13 +126,12 @@ def guided_step(
     tensor([2])
     >>> guided_step(base, [arm], weights=2.0, temperature=0).token
     tensor([0])
-    >>> allowed = torch.tensor([[False, True, False]])  # [B, V]
-    >>> bits = torch.nn.functional.pad(allowed, (0, -allowed.shape[1] % 32)).unflatten(1, (-1, 32))
-    >>> token_mask = (bits << torch.arange(32, dtype=torch.int32)).sum(2, dtype=torch.int32)
-    >>> guided_step(base, [arm], token_mask=token_mask).token
+    >>> from genarm_kernels import token_mask
+    >>> only_1 = token_mask.from_allowed_ids([[1]], vocab_size=3)
+    >>> guided_step(base, [arm], token_mask=only_1).token
     tensor([1])
     >>> masked = torch.tensor([[-1e9, 0.0, -1e9]])
-    >>> guided_step(masked, [masked], weights=-1.0, token_mask=token_mask).kept
+    >>> guided_step(masked, [masked], weights=-1.0, token_mask=only_1).kept
     tensor([1], dtype=torch.int32)
     """
     base, arms, vocab = validation.operands(base_logits, arm_logits, vocab_size)

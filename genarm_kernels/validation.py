@@ -125,7 +125,7 @@ def token_mask(value: Any, base: Tensor, vocab_size: int) -> Tensor | None:
     if value.dtype != torch.int32 or value.dim() != 2 or value.shape[0] != rows or value.shape[1] < words:
         raise ValueError(
             f"token_mask: expected torch.int32 [{rows}, >= {words}], got {_kind(value)}; "
-            "guided_step's docstring packs bools"
+            "genarm_kernels.token_mask makes one"
         )
     if value.device != base.device:
         raise ValueError(f"token_mask: expected it on {base.device} as base_logits, got {_kind(value)}")

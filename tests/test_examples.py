@@ -2,16 +2,31 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import oracle
 from genarm import GuidedDecoder, bundled, world
-from genarm_kernels import guided_step
+from genarm_kernels import guided_step, token_mask
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+WEIGHTS = {"helpful": 1.0, "polite": 0.5}
+
+
+@pytest.fixture(autouse=True)
+def beside_each_other(monkeypatch):
+    """An example finds another one, as it does when it is run."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return GuidedDecoder.from_pretrained(bundled.path("base"), {name: bundled.path(name) for name in WEIGHTS})
 
 
 def load(name):
@@ -36,6 +51,138 @@ def columns(output, count, width=16):
     lines = output.split("\n\n")[0].splitlines()[1:]
     cells = [[line[i * width : (i + 1) * width].strip() for line in lines] for i in range(count)]
     return [[word for word in column if word] for column in cells]
+
+
+def test_every_example_is_in_the_index():
+    index = (EXAMPLES / "README.md").read_text()
+    links = re.findall(r"\]\((.+?)\)", index)
+    assert all((EXAMPLES / link).exists() for link in links)
+    files = {path.name for path in EXAMPLES.iterdir() if path.is_file()} - {"README.md"}
+    assert set(re.findall(r"^\| \[(.+)\]\(\1\) \|", index, re.M)) == files
+
+
+def chat(question):
+    return [{"role": "user", "content": question}]
+
+
+def chat_ids(decoder, question):
+    text = decoder.tokenizer.apply_chat_template(chat(question), tokenize=False, add_generation_prompt=True)
+    return decoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("arms", "sampling"),
+    [
+        (("helpful", "polite"), {"temperature": 0.0}),
+        (("helpful", "polite"), {"top_p": 0.9}),
+        (("polite",), {"temperature": 0.7, "top_k": 50, "min_p": 0.02}),
+        ((), {}),
+    ],
+)
+def test_minimal_decoder_draws_what_the_decoder_draws(decoder, arms, sampling):
+    module = load("minimal_decoder")
+    questions = [*world.sample_prompts(6, seed=3), "Why?", "I have a cold and cannot sleep. What should I do now?"]
+    prompts = [chat_ids(decoder, question) for question in questions]
+    assert len({len(prompt) for prompt in prompts}) > 3
+    expected = decoder.generate(
+        messages=[chat(question) for question in questions],
+        weights={name: WEIGHTS[name] for name in arms},
+        max_new_tokens=24,
+        seed=5,
+        **sampling,
+    )
+    assert set(expected.finish_reasons) == {"eos", "length"}  # some rows grow on after others have ended
+    rows = module.generate(
+        module.load(bundled.path("base")),
+        [module.load(bundled.path(name)) for name in arms],
+        prompts,
+        [WEIGHTS[name] for name in arms],
+        eos={decoder.tokenizer.eos_token_id},
+        max_new_tokens=24,
+        seed=5,
+        **sampling,
+    )
+    assert [row.tokens for row in rows] == expected.tokens
+    for b, row in enumerate(rows):
+        rewards = [list(column) for column in zip(*row.rewards, strict=True)]
+        torch.testing.assert_close(rewards, [expected.rewards[name][b] for name in arms], atol=1e-4, rtol=1e-4)
+
+
+def test_minimal_decoder_prints_what_the_decoder_writes(decoder, capsys):
+    module = load("minimal_decoder")
+    module.main(module.QUESTIONS)
+    expected = decoder.generate(
+        messages=[chat(question) for question in module.QUESTIONS], weights=module.WEIGHTS, top_p=0.9
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.strip() for line in lines[1 :: 2 + len(WEIGHTS)]] == [text.strip() for text in expected.texts]
+    assert sum(line.endswith("nats a token") for line in lines) == len(WEIGHTS) * len(module.QUESTIONS)
+
+
+def test_hub_models_shows_each_answer_and_its_rewards(tmp_path, capsys):
+    """Here from folders, one ARM a model and the other an adapter of the base."""
+    base, helpful = str(bundled.path("base")), str(bundled.path("helpful"))
+    torch.manual_seed(0)
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path)
+    arms = {helpful: 1.5, str(tmp_path): 0.1}
+    named = [part for name, weight in arms.items() for part in ("--arm", name, str(weight))]
+    question = "How do I learn to cook?"
+    load("hub_models").main(["--base", base, *named, "--max-new-tokens", "30", "--seed", "3", question])
+    printed = capsys.readouterr().out
+    decoder = GuidedDecoder.from_pretrained(base, {name: name for name in arms})
+    for title, weights in (("without guidance", dict.fromkeys(arms, 0.0)), ("guided", arms)):
+        one = decoder.generate(messages=chat(question), weights=weights, max_new_tokens=30, top_p=0.9, seed=[3])
+        lines = [f"\n{title}: {one.texts[0].strip()}"]
+        for name, weight in weights.items():
+            rewards = one.rewards[name][0]
+            lines.append(f"  {sum(rewards) / len(rewards):.2f} nats a token by {name}, weight {weight:g}")
+        assert "\n".join(lines) in printed
+
+
+def test_hub_models_takes_no_base_without_an_arm_of_its_own(capsys):
+    for arguments in (["--base", "a"], ["--arm", "a", "1"]):
+        with pytest.raises(SystemExit):
+            load("hub_models").main(arguments)
+        assert "expected both or neither" in capsys.readouterr().err
+
+
+def load_grammar():
+    pytest.importorskip("llguidance", reason="llguidance is not installed, which examples/grammar.py needs")
+    return load("grammar")
+
+
+def test_grammar_rows_have_the_form_of_their_grammars(decoder, capsys):
+    module = load_grammar()
+    question = module.QUESTIONS[0]
+    for seed in range(3):
+        free, decided, listed, structured = module.answers(question, seed)
+        assert free == decoder.generate(messages=chat(question), weights=WEIGHTS, top_p=0.9, seed=seed).texts[0]
+        assert re.fullmatch(r" (Yes|No), [^\n]+", decided)
+        assert re.fullmatch(rf"(\n- {module.SENTENCE}){{3}}", listed)
+        values = json.loads(structured)
+        assert list(values) == ["advice", "minutes"] and type(values["minutes"]) is int
+        assert re.fullmatch(module.SENTENCE, values["advice"]) and 1 <= values["minutes"] <= 90
+    module.main(question)
+    assert re.findall(r"^(.+):$", capsys.readouterr().out, re.M) == list(module.GRAMMARS)
+
+
+def test_grammar_names_a_grammar_that_cannot_be_read(monkeypatch):
+    module = load_grammar()
+    monkeypatch.setitem(module.GRAMMARS, "a list", module.LLMatcher.grammar_from_regex("(unclosed"))
+    with pytest.raises(ValueError, match=r"a list: .*unclosed"):
+        module.answers(module.QUESTIONS[0])
+
+
+def test_a_mask_that_llguidance_fills_means_here_what_it_means_there(decoder):
+    module = load_grammar()
+    vocabulary = module.hf.from_tokenizer(decoder.tokenizer)
+    mask = token_mask.allocate(2, vocabulary.vocab_size)
+    for b, regex in enumerate(("[0-9]+x", "a.*")):
+        matcher = module.LLMatcher(vocabulary, module.LLMatcher.grammar_from_regex(regex))
+        module.fill_next_token_bitmask(matcher, mask, b)
+        expected = [matcher.validate_tokens([token]) == 1 for token in range(vocabulary.vocab_size)]
+        assert any(expected) and token_mask.to_bools(mask, vocabulary.vocab_size)[b].tolist() == expected
 
 
 def test_custom_engine_is_deterministic(engine, capsys):
@@ -69,26 +216,21 @@ def test_custom_engine_draws_what_a_naive_loop_draws(engine, capsys):
     assert len({len(row) for row in naive}) > 1  # the requests end at different steps: the loop goes on without them
 
 
-def test_decode_file_answers_every_question(tmp_path, capsys):
+def test_decode_file_answers_every_question(decoder, tmp_path, capsys):
     """A file in, a file out, in the order of the questions, with the answers that `generate` gives."""
     module = load("decode_file")
     questions = world.sample_prompts(10, seed=8)
     module.main(questions, tmp_path / "out.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    decoder = GuidedDecoder.from_pretrained(bundled.path("base"), {name: bundled.path(name) for name in module.WEIGHTS})
-    chats = [[{"role": "user", "content": question}] for question in questions]
-    expected = decoder.generate(messages=chats, weights=module.WEIGHTS, top_p=0.9, seed=0)
+    expected = decoder.generate(messages=[chat(one) for one in questions], weights=module.WEIGHTS, top_p=0.9, seed=0)
     assert rows == [{"question": q, "answer": a.strip()} for q, a in zip(questions, expected.texts, strict=True)]
     assert capsys.readouterr().out.count("nats each") == len(questions)
 
 
-def test_live_tradeoff_changes_what_follows_and_nothing_before(capsys):
+def test_live_tradeoff_changes_what_follows_and_nothing_before(decoder, capsys):
     module = load("live_tradeoff")
     module.main()
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
-    decoder = GuidedDecoder.from_pretrained(
-        bundled.path("base"), {name: bundled.path(name) for name in ("helpful", "polite")}
-    )
     continued = []
     for turn, line in enumerate(lines):
         share = turn / (len(lines) - 1)

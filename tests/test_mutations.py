@@ -565,7 +565,25 @@ MUTATIONS = {
         "import functools\nimport transformers\n",
         "test_imports",
     ),
-    "a name that is not there": ("__init__.py", '"run_concurrently"]', '"run_concurrentli"]', "test_public_names"),
+    "a name that is not there": ("__init__.py", '"run_concurrently",', '"run_concurrentli",', "test_public_names"),
+    "a mask packed from its other end": (
+        "token_mask.py",
+        "(words.int() << _places(allowed.device))",
+        "(words.int() << 31 - _places(allowed.device))",
+        "test_masks_of_bools",
+    ),
+    "a mask without its last word": (
+        "token_mask.py",
+        "torch.full((rows, -(-width // _BITS))",
+        "torch.full((rows, max(1, width // _BITS))",
+        "test_an_allocated_mask",
+    ),
+    "an id beyond the vocabulary": (
+        "token_mask.py",
+        ", token) < width:",
+        ", token) <= width:",
+        "test_what_is_wrong_with_a_mask",
+    ),
     "results in another order": (
         "streams.py",
         "for forward in forwards]",
@@ -754,7 +772,7 @@ os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT), 1)
 sys.path.insert(0, os.getcwd())
 sys.dont_write_bytecode = True
 import pytest
-files = ["tests/test_rng.py", "tests/test_guided_step.py", "tests/test_triton.py"]
+files = [f"tests/test_{name}.py" for name in ("rng", "guided_step", "token_mask", "triton")]
 code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", "--tb=short", *files, "-k", expression])
 assert sys.modules["genarm_kernels.reference"].__file__.startswith(os.getcwd()), "the installed package was tested"
 sys.exit(100 + code)
