@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
+from ...parameters import WholeLayer
 from . import interpreted
 
 if interpreted():
@@ -92,23 +93,8 @@ def _most_shared(device: int) -> int:
     return most
 
 
-def shared_linear(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    """`genarm_kernels.ops.shared_linear`."""
-    y = x.new_empty((*x.shape[:-1], len(weight)))
-    launch(y, x, weight, *rest)
-    return y
-
-
-def launch(
-    y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    owners: Tensor,
-    operands: int,
-) -> None:
+def launch(y: Tensor, x: Tensor, layer: WholeLayer) -> None:
+    weight, bias, down, up, owners, operands = layer
     (height, width), ranks = weight.shape, len(down)
     values = constants(len(x), ranks, bias is not None)
     with torch.cuda.device_of(x):  # nothing on a CPU
