@@ -73,11 +73,12 @@ def _fake(backend: str, *flat: Any) -> Tensor:
     return empty_whole(take(Inputs, iter(flat)))
 
 
-def _save_for_backward(ctx: Any, arguments: tuple[Any, ...], output: Tensor) -> None:
-    inputs = take(Inputs, iter(arguments[1:]))  # less the backend
-    parameters = (inputs.base_weight, inputs.weights, inputs.temperature)
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, *flat = inputs
+    given = take(Inputs, iter(flat))
+    parameters = (given.base_weight, given.weights, given.temperature)
     ctx.numbers = [None if isinstance(x, Tensor) else x for x in parameters]
-    ctx.operands = [(x.shape[1], x.dtype) for x in (inputs.base_logits, *inputs.arm_logits)]
+    ctx.operands = [(x.shape[1], x.dtype) for x in (given.base_logits, *given.arm_logits)]
     ctx.save_for_backward(output, *(x for x in parameters if isinstance(x, Tensor)))
 
 

@@ -58,7 +58,9 @@ LIBRARY.define(f"shared_linear(Tensor x, {schema(WholeLayer)}) -> Tensor")
 @torch.library.impl(LIBRARY, "shared_linear", "CompositeExplicitAutograd")
 def _operator(x: Tensor, *flat: Any) -> Tensor:
     backends.load("triton", x.device.type, len(x))  # or an error that says why not
-    return triton.shared_linear(x, take(WholeLayer, iter(flat)))
+    from .backends.triton.shared_linear import shared_linear
+
+    return shared_linear(x, take(WholeLayer, iter(flat)))
 
 
 @torch.library.register_fake("genarm_kernels::shared_linear", lib=LIBRARY)

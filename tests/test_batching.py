@@ -570,10 +570,12 @@ def test_shared_weights_on_a_gpu(tokenizer, gpu_models, sampling):
 def test_layers_in_one_launch_on_a_gpu(tokenizer, switches, dtype, monkeypatch):
     """In 16 bits a step's layers are Triton launches: up to 5 prompts, 15 rows; beyond, PyTorch's."""
     pytest.importorskip("peft", reason="adapters need PEFT")
+    from genarm_kernels.backends.triton import shared_linear as kernel
+
     base = endless(make_model("qwen3")).to("cuda", dtype)
     arms = {"a": adapter(base, 1), "b": adapter(base, 2, target_modules=["q_proj", "down_proj"])}
-    launches, launch = [], triton.shared_linear
-    monkeypatch.setattr(triton, "shared_linear", lambda *args: launches.append(len(args[0])) or launch(*args))
+    launches, launch = [], kernel.launch
+    monkeypatch.setattr(kernel, "launch", lambda y, *rest: launches.append(len(y)) or launch(y, *rest))
     decoder = GuidedDecoder(base, tokenizer, arms, **switches)
     for count in (5, 8, 5):
         result = decoder.generate(PROMPTS[:count], weights={"a": 1.0, "b": -0.5}, max_new_tokens=12)

@@ -371,7 +371,7 @@ MUTATIONS = {
     ),
     "int32 parameters read as int64": (
         "validation.py",
-        "else value.to(wanted)",
+        "else counting_denormals(value.to, wanted)",
         "else value.to(wanted) if floating else value.repeat(2).view(wanted)[:rows].contiguous()",
         "test_int32_seed",
     ),
@@ -601,8 +601,8 @@ TRITON_MUTATIONS = {
     "row without its stride": ("common.py", "x_ptrs[i] + row * x_strides[i]", "x_ptrs[i] + row", "test_strides"),
     "unused operands read": (
         "common.py",
-        "tl.where(weights[i] != 0, logits[i].to(tl.float32), 0.0)",
-        "logits[i].to(tl.float32)",
+        "tl.where(weight != 0, x.to(tl.float32), 0.0)",
+        "x.to(tl.float32)",
         "test_random_cases and 0",
     ),
     "-inf not blocked": (

@@ -65,16 +65,3 @@ def suits_shared_linear(x: Tensor, layer: WholeLayer) -> bool:
         and weight.is_contiguous()
         and not torch.is_grad_enabled()
     )
-
-
-def shared_linear(x: Tensor, layer: WholeLayer) -> Tensor:
-    for name, tensor in zip(("x", *layer._fields[:4]), (x, *layer[:4]), strict=True):
-        if tensor is not None and (tensor.dtype != x.dtype or not tensor.is_contiguous()):
-            raise ValueError(f"{name}: expected contiguous {x.dtype}, like x, got {tensor.dtype}, {tensor.stride()}")
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"x: expected bfloat16 or float16, got {x.dtype}")
-    from .shared_linear import launch
-
-    y = x.new_empty((*x.shape[:-1], len(layer.weight)))
-    launch(y, x, layer)
-    return y
