@@ -12,7 +12,7 @@ from genarm.decoding.engine import Begin, Drawn, Engine
 from genarm.decoding.forwards import StaticForward
 from genarm.decoding.request import Request
 from genarm.models import loading
-from genarm_kernels.backends import available_backends, interpreted
+from genarm_kernels.backends import available_backends, interpreted, triton
 from test_decoder import SMALL, byte_tokenizer, make_model
 
 INTERPRETER = "triton" in available_backends() and interpreted("triton")
@@ -158,12 +158,12 @@ def test_layers_in_one_launch_give_the_models_own_numbers(tokenizer, monkeypatch
     arms = {"a": adapter(base, 1), "b": adapter(base, 2, target_modules=["q_proj", "down_proj"])}
     plain, steps = lora._plain, []
 
-    def fits(x, weight, down):
+    def fits(x, layer):
         steps.append(x.shape[1] == 1)
         return steps[-1]
 
-    monkeypatch.setattr(lora, "can_share", lambda weight: True)
-    monkeypatch.setattr(lora, "fits_shared_linear", fits)
+    monkeypatch.setattr(lora, "can_fuse", lambda weight: True)
+    monkeypatch.setattr(triton, "suits_shared_linear", fits)
     monkeypatch.setattr(lora, "_plain", lambda layer: lora.LowRank(*(x.half() for x in plain(layer))))
     decoder = GuidedDecoder(base, tokenizer, arms)
     result = decoder.generate(PROMPTS[:3], weights={"a": 1.0, "b": -0.5}, max_new_tokens=4)
@@ -576,10 +576,12 @@ def test_shared_weights_on_a_gpu(tokenizer, gpu_models, sampling):
 def test_layers_in_one_launch_on_a_gpu(tokenizer, switches, dtype, monkeypatch):
     """In 16 bits a step's layers are Triton launches: up to 5 prompts, 15 rows; beyond, PyTorch's."""
     pytest.importorskip("peft", reason="adapters need PEFT")
+    from genarm_kernels.backends.triton import shared_linear as kernel
+
     base = endless(make_model("qwen3")).to("cuda", dtype)
     arms = {"a": adapter(base, 1), "b": adapter(base, 2, target_modules=["q_proj", "down_proj"])}
-    launches, launch = [], lora.shared_linear
-    monkeypatch.setattr(lora, "shared_linear", lambda *args: launches.append(len(args[0])) or launch(*args))
+    launches, launch = [], kernel.launch
+    monkeypatch.setattr(kernel, "launch", lambda y, *rest: launches.append(len(y)) or launch(y, *rest))
     decoder = GuidedDecoder(base, tokenizer, arms, **switches)
     for count in (5, 8, 5):
         result = decoder.generate(PROMPTS[:count], weights={"a": 1.0, "b": -0.5}, max_new_tokens=12)
