@@ -6,7 +6,7 @@ VENVS := $(VENV) $(VENV)-oldest $(VENV)-newest
 # A file's tests on one process: what they build once is built once.
 TEST := bin/python -m pytest -q -n 2 --dist loadfile
 # What transformers, PEFT or datasets could break.
-MODEL_TESTS := $(wildcard $(patsubst %,tests/test_%.py,adapters batching bundled cli decoder models text training))
+MODEL_TESTS := tests/decoding tests/training tests/cli
 
 .PHONY: demo test test-slow test-oldest test-newest lint docs models bench lock
 

@@ -39,7 +39,7 @@ stage_tests() {
   local failed=0
   $PYTHON -m pytest -q -m gpu tests || failed=1
   GENARM_EXPECT_BACKENDS=triton,cuda \
-    $PYTHON -m pytest -q -k "triton or cuda" tests/test_guided_step.py tests/test_triton.py || failed=1
+    $PYTHON -m pytest -q -k "triton or cuda" tests/contract tests/backends/test_triton.py || failed=1
   return $failed
 }
 

@@ -8,13 +8,12 @@ from typing import TypeVar
 
 import pytest
 import torch
-
 from simt import steps
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: the kernels run on the CPU
 
-if emulated := os.environ.get("GENARM_SIMT"):  # the CUDA kernels on the CPU, as tests/test_cuda.py builds them
+if emulated := os.environ.get("GENARM_SIMT"):  # the CUDA kernels on the CPU, as tests/backends/test_cuda.py builds them
     steps.load(emulated)
 
 from genarm_kernels import available_backends

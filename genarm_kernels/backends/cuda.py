@@ -46,7 +46,7 @@ def why_unavailable() -> str | None:
 
 
 def interpreted() -> bool:
-    """Whether an emulation on the CPU stands in for a GPU: the tests' (tests/simt)."""
+    """Whether an emulation on the CPU stands in for a GPU: the tests' (tests/backends/simt)."""
     return _import_error is None and _cuda.EMULATED
 
 

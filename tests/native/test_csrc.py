@@ -7,11 +7,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 from engines import CASES, arguments, expected, run, tokens
+
 from genarm_kernels import row_seed
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 COMPILER = os.environ.get("CXX") or next(filter(shutil.which, ["c++", "g++", "clang++"]), None)
 MISSING = [name for name, path in (("cmake", shutil.which("cmake")), ("a C++ compiler", COMPILER)) if not path]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"building the C core needs {' and '.join(MISSING)}")

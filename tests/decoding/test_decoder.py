@@ -1,12 +1,12 @@
 """GuidedDecoder on small models of several architectures, against an independent loop."""
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-import oracle
 from genarm import GenarmError, GuidedDecoder, Request, bundled, world
 from genarm.text import TextStream
 from genarm_kernels import row_seed

@@ -5,6 +5,7 @@ import random
 from functools import partial
 
 import pytest
+from test_decoder import byte_tokenizer, make_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -13,7 +14,6 @@ from genarm.decoding.results import Decoded
 from genarm.models.folders import check_folder
 from genarm.text import TextStream
 from genarm.tokens import encode_prompt
-from test_decoder import byte_tokenizer, make_model
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 100\n"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.slow
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 
 # File, text (it stands there once), mistake, test that must fail (an expression of pytest's -k).
 MUTATIONS = {
@@ -784,11 +784,13 @@ TRITON_MUTATIONS = {
 # Runs in a process forked from one that has imported torch: a second each in place of many.
 CHILD = """
 import os, sys
+from pathlib import Path
 os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT), 1)
 sys.path.insert(0, os.getcwd())
 sys.dont_write_bytecode = True
 import pytest
-files = [f"tests/test_{name}.py" for name in ("rng", "guided_step", "token_mask", "triton")]
+files = [str(path) for path in Path("tests/contract").glob("test_*.py") if path.name != "test_mutations.py"]
+files.append("tests/backends/test_triton.py")
 code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", "--tb=short", *files, "-k", expression])
 assert sys.modules["genarm_kernels.reference"].__file__.startswith(os.getcwd()), "the installed package was tested"
 sys.exit(100 + code)

@@ -1,8 +1,8 @@
 # ruff: noqa: C408 - dict(top_k=5) reads as the call that it stands for
 """Calls that reach every path of the CUDA kernels under the emulation, checked against the reference.
 
-`python tests/simt/steps.py MODULE BLOCKS...`: the module as tests/test_cuda.py builds it, and the blocks that share a
-row, 0 for two launches: however it is shared out, aligned or batched, the bits of all returned are the same. Rows:
+`python tests/backends/simt/steps.py MODULE BLOCKS...`: the module as test_cuda.py builds it, and the blocks that share
+a row, 0 for two launches: however it is shared out, aligned or batched, the bits of all returned are the same. Rows:
 unfiltered, greedy, with few candidates, with many (one round of bins, and two), with equal ones.
 """
 

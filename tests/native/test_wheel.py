@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.slow
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 SCRIPT = """
 import torch, genarm_kernels as g
 base, arm = (torch.randn(2, 5000, generator=torch.Generator().manual_seed(i)) for i in (1, 2))

@@ -24,7 +24,7 @@ from genarm_kernels.testing import make_logits, random_case
 
 pytestmark = pytest.mark.skipif("triton" not in available_backends(), reason="the Triton backend cannot run here")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FAKE = Path(__file__).parent / "fake_cuda"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

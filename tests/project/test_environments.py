@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 LOCKS = {".venv": "venv.txt", ".venv-oldest": "venv-oldest.txt", ".venv-newest": "venv-newest.txt"}
 
 

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from test_decoder import SMALL, byte_tokenizer, make_model
 
 from genarm import GenarmError, GuidedDecoder, bundled, world
 from genarm.decoding import lora, provision
@@ -13,7 +14,6 @@ from genarm.decoding.forwards import StaticForward
 from genarm.decoding.request import Request
 from genarm.models import loading
 from genarm_kernels.backends import available_backends, interpreted, triton
-from test_decoder import SMALL, byte_tokenizer, make_model
 
 INTERPRETER = "triton" in available_backends() and interpreted("triton")
 PROMPTS = ["abcdefgh"[: 1 + i % 7] * (1 + i % 5) for i in range(21)]

@@ -4,13 +4,13 @@ import random
 
 import pytest
 import torch
+from test_batching import adapter, endless
+from test_decoder import byte_tokenizer, make_model
+from test_models import model_of
 
 from genarm import GuidedDecoder
 from genarm.decoding.engine import Begin
 from genarm.decoding.forwards import PlainForward, PlainKind
-from test_batching import adapter, endless
-from test_decoder import byte_tokenizer, make_model
-from test_models import model_of
 
 GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2}
 CASES = {

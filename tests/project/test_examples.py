@@ -5,16 +5,16 @@ import json
 import re
 from pathlib import Path
 
+import oracle
 import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import oracle
 from genarm import GuidedDecoder, bundled, world
 from genarm_kernels import guided_step, token_mask
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 WEIGHTS = {"helpful": 1.0, "polite": 0.5}
 
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels where no GPU is: run as C++ by the emulation (tests/simt), and as nvcc compiles them."""
+"""The CUDA kernels where no GPU is: run as C++ by the emulation (simt/), and as nvcc compiles them."""
 
 import os
 import re
@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pybind11
 import pytest
-
 from engines import CASES, arguments, expected, tokens
+
 from genarm_kernels import backends
 from genarm_kernels.backends import cuda
 
-ROOT = Path(__file__).parents[1]
-SIMT = ROOT / "tests/simt"
+ROOT = Path(__file__).parents[2]
+SIMT = ROOT / "tests/backends/simt"
 COMPILER = os.environ.get("CXX") or shutil.which("g++")
 needs_compiler = pytest.mark.skipif(
     not (COMPILER and sys.platform == "linux"), reason="the emulation needs g++ and Linux"
@@ -102,7 +102,7 @@ def thread(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
 @needs_compiler
 def test_contract(address: Emulation) -> None:
     """The contract's tests, on the CUDA kernels' own sources, under AddressSanitizer."""
-    done = address.run("-m", "pytest", "-q", "-k", "cuda", "-p", "no:cacheprovider", "tests/test_guided_step.py")
+    done = address.run("-m", "pytest", "-q", "-k", "cuda", "-p", "no:cacheprovider", "tests/contract")
     assert done.returncode == 0, report(done)
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed and int(passed[1]) >= 400, report(done)

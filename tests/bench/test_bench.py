@@ -18,7 +18,7 @@ from genarm_kernels import available_backends, guided_log_softmax, guided_step
 from genarm_kernels.backends import interpreted
 from genarm_kernels.testing import make_logits, pooled_chi_squared
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 INTERPRETER = "triton" in available_backends() and interpreted("triton")
 TAKES_SECONDS = pytest.mark.slow  # torch.compile calls a C++ compiler
 BASELINES = [pytest.param(name, marks=[TAKES_SECONDS] if name == "compiled" else []) for name in baselines.BASELINES]
@@ -429,10 +429,11 @@ def test_profiler_s_events_become_intervals(tmp_path, monkeypatch):
 
 def test_decoder_profile_without_a_gpu(tmp_path, monkeypatch, capsys):
     """From arguments to the file and the table, on tiny models; what the profiler would record is made up."""
+    from test_benchmark import TINY
+
     from bench import decoder_profile
     from genarm.benchmark import speed as benchmark
     from genarm.decoding import checks
-    from test_benchmark import TINY
 
     command = ["decoder_profile", "--base", "tiny", "--arm", "tiny", "--batch", "2", "--method", "genarm"]
     monkeypatch.setattr("sys.argv", [*command, "--method", "base", "--steps", "1", "--out", str(tmp_path)])
