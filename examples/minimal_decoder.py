@@ -15,6 +15,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -40,13 +41,12 @@ class Model:
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Reads B prompts of any lengths into a new cache."""
         # Padding goes to the left, so that the last tokens stand in one column and all rows grow from there.
-        width, device = max(map(len, prompts)), self.model.device
-        padding = [[0] * (width - len(prompt)) for prompt in prompts]
-        ids = [[*pad, *prompt] for pad, prompt in zip(padding, prompts, strict=True)]
-        mask = [[*pad, *(1 for _ in prompt)] for pad, prompt in zip(padding, prompts, strict=True)]
-        self.mask = torch.tensor(mask, device=device)
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        self.mask = mask.to(self.model.device)
         self.cache = DynamicCache(config=self.model.config)
-        return self._forward(torch.tensor(ids, device=device))
+        return self._forward(ids.to(self.model.device))
 
     def step(self, tokens: Tensor) -> Tensor:
         """Reads one more token of each row, `[B]`."""
@@ -135,7 +135,7 @@ def main(questions: Sequence[str]) -> None:
     for question, row in zip(questions, rows, strict=True):
         print(f"{question}\n  {tokenizer.decode(row.tokens, skip_special_tokens=True).strip()}")
         for name, rewards in zip(WEIGHTS, zip(*row.rewards, strict=True), strict=True):
-            print(f"  {name}: {sum(rewards) / len(rewards):.2f} nats a token")
+            print(f"  {name}: {mean(rewards):.2f} nats a token")
 
 
 if __name__ == "__main__":

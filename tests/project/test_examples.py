@@ -9,7 +9,7 @@ import oracle
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from genarm import GuidedDecoder, bundled, world
 from genarm_kernels import guided_step, token_mask
@@ -87,7 +87,7 @@ def test_minimal_decoder_draws_what_the_decoder_draws(decoder, arms, sampling):
     expected = decoder.generate(
         messages=[chat(question) for question in questions],
         weights={name: WEIGHTS[name] for name in arms},
-        max_new_tokens=24,
+        max_new_tokens=34,
         seed=5,
         **sampling,
     )
@@ -98,7 +98,7 @@ def test_minimal_decoder_draws_what_the_decoder_draws(decoder, arms, sampling):
         prompts,
         [WEIGHTS[name] for name in arms],
         eos={decoder.tokenizer.eos_token_id},
-        max_new_tokens=24,
+        max_new_tokens=34,
         seed=5,
         **sampling,
     )
@@ -106,6 +106,20 @@ def test_minimal_decoder_draws_what_the_decoder_draws(decoder, arms, sampling):
     for b, row in enumerate(rows):
         rewards = [list(column) for column in zip(*row.rewards, strict=True)]
         torch.testing.assert_close(rewards, [expected.rewards[name][b] for name in arms], atol=1e-4, rtol=1e-4)
+
+
+def test_minimal_decoder_counts_no_padding_among_the_positions():
+    """GPT-2 adds an embedding of each position, where the bundled models would not notice a shift."""
+    module, sizes = load("minimal_decoder"), {"n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=50, bos_token_id=0, eos_token_id=0, initializer_range=1.0, **sizes)
+    model = module.Model(GPT2LMHeadModel(config))
+    prompts = [[1, 2, 3, 4, 5, 6], [7, 8], [9]]
+    together, *alone = (
+        [row.tokens for row in module.generate(model, [], some, [], eos=(), max_new_tokens=12, temperature=0)]
+        for some in (prompts, *([prompt] for prompt in prompts))
+    )
+    assert together == [tokens for (tokens,) in alone] and len(set(map(tuple, together))) == len(prompts)
 
 
 def test_minimal_decoder_prints_what_the_decoder_writes(decoder, capsys):
