@@ -11,8 +11,8 @@ _NO_TENSORS = frozenset((float, int, bool, list, type(None)))
 
 def is_unseen(inputs: Inputs, sampling: Sampling) -> bool:
     """Whether nothing is there to see an operator: no compiler, tracer, transform or dispatch mode, and no tensors but
-    plain ones. The call then goes straight to the operator's implementation: torch's dispatch takes DISPATCH us, a
-    third of a call on a CPU.
+    plain ones. The call then goes straight to the operator's implementation: by way of torch's dispatcher, with flat
+    arguments, it takes 1.8 times as long (one row of 32 tokens, one ARM, the CPU core, torch 2.13; interleaved runs).
     """
     return (
         not torch.compiler.is_compiling()

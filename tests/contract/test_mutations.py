@@ -365,8 +365,8 @@ MUTATIONS = {
     ),
     "filters per row ignored": (
         "parameters.py",
-        "isinstance(min_p, Tensor)\n            or min_p > 0",
-        "not isinstance(min_p, Tensor)\n            and min_p > 0",
+        "return (\n            isinstance(top_k, Tensor)",
+        "return not isinstance(top_k, Tensor) and (\n            isinstance(top_k, Tensor)",
         "test_parameters_per_row",
     ),
     "int32 parameters read as int64": (
