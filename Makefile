@@ -6,9 +6,12 @@ VENVS := $(VENV) $(VENV)-oldest $(VENV)-newest
 # A file's tests on one process: what they build once is built once.
 TEST := bin/python -m pytest -q -n 2 --dist loadfile
 # What transformers, PEFT or datasets could break.
-MODEL_TESTS := tests/decoding tests/training tests/cli
+MODEL_TESTS := tests/decoding tests/training tests/cli tests/project/test_examples.py
 
-.PHONY: demo test test-slow test-oldest test-newest lint docs models bench lock
+# Rebuilds what an edit concerns, without network; every target below does so first.
+build: $(VENV)/ready
+
+.PHONY: build demo test test-slow test-oldest test-newest lint docs models bench lock
 
 demo: $(VENV)/ready
 	$(BIN)/python -m bench.demo

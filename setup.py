@@ -18,7 +18,15 @@ from setuptools import Extension, setup
 
 SOURCES = ["python/cpu.cpp", *(f"cpu/{name}.cpp" for name in ("operations", "isa", "thread_pool"))]
 SOURCES += [f"cpu/{isa}.cpp" for isa in ("portable", "avx2", "avx512")]
-HEADERS = [str(path) for pattern in ("*.h", "*.inc") for path in sorted(Path("csrc").rglob(pattern))]
+# By part, what its sources include: an edit builds only the parts that it concerns.
+HEADERS = {
+    part: [
+        str(path)
+        for folder in ("include", "common", "python", part)
+        for path in sorted(Path("csrc", folder).glob("*.[hi]*"))
+    ]
+    for part in ("cpu", "cuda")
+}
 NAMES = {"cpu": "CPU core", "cuda": "CUDA kernels"}
 CUDA_ARCHS = os.environ.get("GENARM_CUDA_ARCHS", "80;90;100").replace(",", ";")
 
@@ -60,7 +68,7 @@ class BuildParts(build_ext):
             raise RuntimeError("no nvcc in PATH or CUDA_HOME/bin")
         target.parent.mkdir(parents=True, exist_ok=True)
         built = Path("genarm_kernels") / target.name  # by an earlier call, in place
-        newest = max(Path(file).stat().st_mtime for file in (*ext.sources, *HEADERS, "setup.py"))
+        newest = max(Path(file).stat().st_mtime for file in (*ext.sources, *ext.depends, "setup.py"))
         archs_inside = f"\0{CUDA_ARCHS}\0".encode()  # as _cuda.ARCHITECTURES
         if built.exists() and built.stat().st_mtime > newest and archs_inside in built.read_bytes():
             if built.resolve() != target.resolve():
@@ -95,13 +103,13 @@ setup(
         Pybind11Extension(
             "genarm_kernels._cpu",
             [f"csrc/{source}" for source in SOURCES],
-            depends=HEADERS,
+            depends=HEADERS["cpu"],
             include_dirs=["csrc", "csrc/include"],
             define_macros=[("GENARM_BUILDING", None)],
             cxx_std=17,
             # A sum must not turn into a fused multiply-add where the source has none: all machines give the same bits.
             extra_compile_args=[] if os.name == "nt" else ["-O3", "-ffp-contract=off"],
         ),
-        Extension("genarm_kernels._cuda", ["csrc/cuda/operations.cu", "csrc/python/cuda.cpp"], depends=HEADERS),
+        Extension("genarm_kernels._cuda", ["csrc/cuda/operations.cu", "csrc/python/cuda.cpp"], depends=HEADERS["cuda"]),
     ],
 )
