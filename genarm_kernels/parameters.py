@@ -35,7 +35,7 @@ class Inputs(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How tokens are drawn from p, and what is returned of them. A `seed` that is a number is row 0's."""
+    """How tokens are drawn from p, and what is returned of them. A `seed` that is a number is that of row 0."""
 
     top_k: Ints
     top_p: Floats
@@ -76,7 +76,7 @@ class WholeLayer(NamedTuple):
 
 
 class LayerPart(NamedTuple):
-    """What one ARM adds to its rows of a layer: up (down x)."""
+    """What one ARM adds to its rows of a layer: up (down x), or y[m] += sum over r of up[r] (down[r] . x[m])."""
 
     operand: int
     """The ARM's number, 1 and up: its rows are `operand`, `operand + operands`, ..."""

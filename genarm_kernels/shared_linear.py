@@ -12,7 +12,9 @@ from .parameters import SharedLayer, WholeLayer, flatten, schema, take
 
 
 def shared_linear(x: Tensor, layer: SharedLayer, backend: str = "auto") -> Tensor:
-    """y[m] = W x[m] + bias + up (down x[m]), the last of m's own operand, m % operands; the base, 0, has none.
+    """Computes a layer for rows of several models: W x[m] + bias, and for an ARM its own up (down x[m]) on top.
+
+    Row m belongs to operand m % operands; operand 0 is the base.
 
     Args:
         x: `[R, T, in]`: the base's row, ARM 1's, ..., ARM N's, the base's, and so on.
