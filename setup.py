@@ -16,7 +16,7 @@ import pybind11
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import Extension, setup
 
-SOURCES = ["bindings.cpp", *(f"cpu/{name}.cpp" for name in ("guided_step", "isa", "thread_pool"))]
+SOURCES = ["python/cpu.cpp", *(f"cpu/{name}.cpp" for name in ("guided_step", "isa", "thread_pool"))]
 SOURCES += [f"cpu/{isa}.cpp" for isa in ("portable", "avx2", "avx512")]
 HEADERS = [str(path) for pattern in ("*.h", "*.inc") for path in sorted(Path("csrc").rglob(pattern))]
 NAMES = {"cpu": "CPU core", "cuda": "CUDA kernels"}
@@ -102,6 +102,6 @@ setup(
             # A sum must not turn into a fused multiply-add where the source has none: all machines give the same bits.
             extra_compile_args=[] if os.name == "nt" else ["-O3", "-ffp-contract=off"],
         ),
-        Extension("genarm_kernels._cuda", ["csrc/cuda/guided_step.cu", "csrc/bindings_cuda.cpp"], depends=HEADERS),
+        Extension("genarm_kernels._cuda", ["csrc/cuda/guided_step.cu", "csrc/python/cuda.cpp"], depends=HEADERS),
     ],
 )

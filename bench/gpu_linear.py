@@ -3,7 +3,7 @@ a stage of gpu_check.sh.
 
 The layers of a 7B Llama, bfloat16, rank 8, one token a row, in a CUDA graph that goes round more weights than three L2
 caches hold. Of a batch of B prompts: "base": its B rows alone, the least that a layer costs; "rows": with the ARM's B
-rows, without what the adapter adds; "torch": with it, by PyTorch; "fused": `genarm_kernels.ops.shared_linear`. `--tune`
+rows, without what the adapter adds; "torch": with it, by PyTorch; "fused": its Triton kernel. `--tune`
 times the last one with other tiles.
 """
 
@@ -12,6 +12,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from bench.gpu_kernels import DEVICE, Time, environment, graph_time
-from genarm_kernels import low_rank, ops
+from genarm_kernels.parameters import LayerPart, SharedLayer, WholeLayer
+from genarm_kernels.shared_linear import shared_linear
 
 # in, out, how many a block of a 7B has; "k, v": of an 8B
 LAYERS = {
@@ -49,19 +51,22 @@ class Layer:
 
         self.weights = [numbers(height, width) for _ in range(self.copies)]
         self.down, self.up = numbers(RANK, width), torch.randn(RANK, height, device=DEVICE, dtype=torch.bfloat16)
-        self.owners = torch.ones(RANK, dtype=torch.int32, device=DEVICE)
+        owners = torch.ones(RANK, dtype=torch.int32, device=DEVICE)
+        part = LayerPart(1, self.down, self.up)
+        self.layers = [
+            SharedLayer(partial(F.linear, weight=weight), [part], 2, WholeLayer(weight, None, *part[1:], owners, 2))
+            for weight in self.weights
+        ]
         self.rows, self.base_rows = numbers(2 * batch, 1, width), numbers(batch, 1, width)
 
     def run(self, subject: str, i: int) -> Tensor:
         weight = self.weights[i % self.copies]
         if subject == "base":
             return F.linear(self.base_rows, weight)
-        if subject == "fused":
-            return ops.shared_linear(self.rows, weight, None, self.down, self.up, self.owners, 2)
-        y = F.linear(self.rows, weight)
-        if subject == "torch":
-            low_rank.add_low_rank(y, self.rows, self.down, self.up, 1, 2)
-        return y
+        if subject == "rows":
+            return F.linear(self.rows, weight)
+        backend = {"torch": "reference", "fused": "triton"}[subject]
+        return shared_linear(self.rows, self.layers[i % self.copies], backend)
 
     def check(self) -> None:
         """AssertionError unless the fused layer gives what float64 gives, to bfloat16's rounding."""

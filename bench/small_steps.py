@@ -10,7 +10,8 @@ import torch
 
 from genarm_kernels import available_backends, guided_log_softmax, guided_step
 from genarm_kernels.backends import cuda
-from genarm_kernels.low_rank import shared_linear
+from genarm_kernels.parameters import SharedLayer, WholeLayer
+from genarm_kernels.shared_linear import shared_linear
 from genarm_kernels.testing import make_logits, random_case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -45,7 +46,8 @@ def main() -> None:
                 for seed, shape in enumerate([(rows, width), (height, width), (ranks, width), (ranks, height)])
             )
             owners = torch.ones(ranks, dtype=torch.int32, device=DEVICE)
-            y = shared_linear(x[:, None], weight, None, down, up, owners, 2)[:, 0]
+            layer = SharedLayer(torch.nn.Identity(), [], 2, WholeLayer(weight, None, down, up, owners, 2))
+            y = shared_linear(x[:, None], layer, "triton")[:, 0]
             if "--unchecked" not in sys.argv:
                 expected = x.float() @ weight.float().t()
                 expected[1::2] += (x[1::2].float() @ down.float().t()) @ up.float()

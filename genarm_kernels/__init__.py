@@ -8,7 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .backends import available_backends
 from .guided_log_softmax import guided_log_softmax
-from .guided_step import GuidedStep, guided_step, row_seed
+from .guided_step import guided_step, row_seed
+from .outputs import GuidedStep
 from .streams import run_concurrently
 
 try:

@@ -1,11 +1,11 @@
-"""csrc/bindings_cuda.cpp."""
+"""csrc/python/cuda.cpp."""
 
-from typing import Any
+from .backends import compiled, cuda
 
 EMULATED: bool
 ARCHITECTURES: str
+guided_step: compiled.Step[cuda.Place]
+guided_log_softmax: compiled.LogSoftmax[cuda.Place]
 
-def guided_step(*args: Any) -> None: ...
-def guided_log_softmax(*args: Any) -> None: ...
 def make_ready() -> None: ...
 def force_cluster(blocks: int) -> None: ...

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -20,16 +20,16 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_inside.clear)  # the parent's threads are not there
 
 
-def counting_denormals(call: Callable[..., T], *args: Any) -> T:
-    """call(*args), for which denormal numbers count although `torch.set_flush_denormal` has set them to be flushed.
+def counting_denormals(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """The call, for which denormal numbers count although `torch.set_flush_denormal` has set them to be flushed.
 
     On this thread, that is: those of torch, to which it hands shares of a large tensor, keep their own mode.
     """
     if torch.compiler.is_compiling() or _SMALLEST / 2 != 0:
-        return call(*args)
+        return call(*args, **kwargs)
     torch.set_flush_denormal(False)
     try:
-        return call(*args)
+        return call(*args, **kwargs)
     finally:
         torch.set_flush_denormal(True)
 

@@ -1,45 +1,16 @@
 """`guided_step`: one token a row from a weighted sum of models' logits."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from . import ops, reference, rng, validation
-from .calls import to_its_end
-
-
-class GuidedStep(NamedTuple):
-    """What one step drew; tensors on the operands' device."""
-
-    token: Tensor
-    """`[B]` int64: the drawn token, or -1."""
-    logprob: Tensor | None
-    """`[B]` float32, nats: log p(token) at `temperature`, before the filters; p is over the allowed tokens."""
-    log_mass: Tensor | None
-    """`[B]` float32, nats: log of the mass of p that survived the filters; `logprob - log_mass` is the draw's own."""
-    kept: Tensor
-    """`[B]` int32: how many tokens survived the filters."""
-    base_logprob: Tensor | None
-    """`[B]` float32, nats: the base's own log-softmax at the token, temperature 1, no mask: the lowest finite number,
-    which is not allowed, stands here for itself."""
-    arm_logprobs: Tensor | None
-    """`[B, N]` float32, nats: each ARM's own log-softmax at the token: the token-level rewards."""
-    status: Tensor
-    """`[B]` int32: 0 drawn; 1 an operand held NaN or +inf (or a parameter or z is out of range); 2 no allowed token."""
-
-    def raise_for_status(self) -> None:
-        """One ValueError that names the rows which drew no token, and why. Waits for the device."""
-        status = self.status.tolist()
-        reasons = {
-            reference.BAD_ROW: "NaN or +inf in an operand in use, or a parameter or a sum of operands out of range",
-            reference.NO_ALLOWED_TOKEN: "no allowed token",
-        }
-        failed = [(text, [b for b, s in enumerate(status) if s == code]) for code, text in reasons.items()]
-        if any(rows for _, rows in failed):
-            raise ValueError(
-                "guided_step drew no token: " + "; ".join(f"{text} in rows {rows}" for text, rows in failed if rows)
-            )
+from . import backends, rng, validation
+from .calls import counting_denormals, to_its_end
+from .dispatch import LIBRARY, is_unseen
+from .outputs import GuidedStep, empty_step
+from .parameters import Inputs, Sampling, flatten, schema, take
 
 
 def row_seed(seed: int, row: int) -> int:
@@ -134,40 +105,58 @@ def guided_step(
     >>> guided_step(masked, [masked], weights=-1.0, token_mask=token_mask).kept
     tensor([1], dtype=torch.int32)
     """
-    base, arms, vocab = validation.operands(base_logits, arm_logits, vocab_size)
-    weight_numbers, weights_rows = validation.weights(weights, base, len(arms))
-    base_weight, base_weight_rows = validation.float_rows("base_weight", base_weight, base)
-    temperature, temperature_rows = validation.float_rows("temperature", temperature, base, 0.0)
-    top_k, top_k_rows = validation.int_rows("top_k", top_k, base)
-    top_p, top_p_rows = validation.float_rows("top_p", top_p, base, 0.0, 1.0)
-    min_p, min_p_rows = validation.float_rows("min_p", min_p, base, 0.0, 1.0)
-    seed, seed_rows = validation.counter_rows("seed", seed, base, per_row=True)
-    position, position_rows = validation.counter_rows("position", position, base)
-    outputs = ops.guided_step(
-        validation.backend(backend),
-        base.detach() if base.requires_grad else base,
-        [arm.detach() if arm.requires_grad else arm for arm in arms],
-        vocab,
-        validation.flag("logprobs", logprobs),
-        weight_numbers,
-        base_weight,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        seed,
-        position,
-        validation.token_mask(token_mask, base, vocab),
-        weights_rows,
-        base_weight_rows,
-        temperature_rows,
-        top_k_rows,
-        top_p_rows,
-        min_p_rows,
-        seed_rows,
-        position_rows,
+    inputs = validation.inputs(
+        base_logits=base_logits,
+        arm_logits=arm_logits,
+        weights=weights,
+        base_weight=base_weight,
+        temperature=temperature,
+        token_mask=token_mask,
+        vocab_size=vocab_size,
     )
+    sampling = validation.sampling(
+        inputs.base_logits,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        position=position,
+        logprobs=logprobs,
+    )
+    backend = validation.backend(backend)
+    if any(x.requires_grad for x in (inputs.base_logits, *inputs.arm_logits)):
+        arms = [arm.detach() for arm in inputs.arm_logits]
+        inputs = inputs._replace(base_logits=inputs.base_logits.detach(), arm_logits=arms)
+    if is_unseen(inputs, sampling):
+        outputs = _run(backend, inputs, sampling)
+    else:
+        outputs = GuidedStep(*torch.ops.genarm_kernels.guided_step.default(backend, *flatten(inputs, sampling)))
     if logprobs:
-        return GuidedStep(*outputs)
-    token, _, _, kept, _, _, status = outputs
-    return GuidedStep(token, None, None, kept, None, None, status)
+        return outputs
+    return GuidedStep(outputs.token, None, None, outputs.kept, None, None, outputs.status)
+
+
+def _run(backend: str, inputs: Inputs, sampling: Sampling) -> GuidedStep:
+    base = inputs.base_logits
+    implementation = backends.load(backend, base.device.type, base.shape[0])
+    return counting_denormals(implementation.guided_step, inputs, sampling)
+
+
+LIBRARY.define(
+    f"guided_step(str backend, {schema(Inputs, Sampling)})"
+    f" -> ({', '.join(f'Tensor {field}' for field in GuidedStep._fields)})"
+)
+
+
+@torch.library.impl(LIBRARY, "guided_step", "CompositeExplicitAutograd")
+def _operator(backend: str, *flat: Any) -> GuidedStep:
+    """Fields that `logprobs=False` leaves out are empty tensors here."""
+    values = iter(flat)
+    return _run(backend, take(Inputs, values), take(Sampling, values))
+
+
+@torch.library.register_fake("genarm_kernels::guided_step", lib=LIBRARY)
+def _fake(backend: str, *flat: Any) -> GuidedStep:
+    values = iter(flat)
+    inputs, sampling = take(Inputs, values), take(Sampling, values)
+    return empty_step(inputs, sampling.logprobs)

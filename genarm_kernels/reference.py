@@ -25,33 +25,22 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import rng
+from .outputs import BAD_ROW, DRAWN, NO_ALLOWED_TOKEN, GuidedStep, empty_step
+from .parameters import Floats, Inputs, Ints, Sampling
 
-DRAWN, BAD_ROW, NO_ALLOWED_TOKEN = 0, 1, 2
 _INF = float("inf")
 
 
-def guided_step(
-    base_logits: Tensor,
-    arm_logits: Sequence[Tensor],
-    weights: Tensor,
-    base_weight: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    position: Tensor,
-    token_mask: Tensor | None,
-    vocab_size: int,
-    filtered: bool,
-    logprobs: bool,
-) -> tuple[Tensor, ...]:
-    """The fields of `GuidedStep` in their order; parameters are `[B]` (weights `[B, N]`), float32 or int64.
+def guided_step(inputs: Inputs, sampling: Sampling) -> GuidedStep:
+    base_logits, vocab_size = inputs.base_logits, inputs.vocab_size
+    temperature, top_p, min_p = (_rows(base_logits, x) for x in (inputs.temperature, sampling.top_p, sampling.min_p))
+    top_k, position = (_rows(base_logits, x, torch.int64) for x in (sampling.top_k, sampling.position))
+    seed = sampling.seed
+    if not isinstance(seed, Tensor):
+        seed = rng.row_seeds(seed, base_logits.shape[0], base_logits.device)
 
-    `filtered=False` promises that every row has its filters off, which spares the sort.
-    """
-    operands = [base_logits, *arm_logits]
-    z, allowed, bad = combine(operands, _coefficients(base_weight, weights), token_mask, vocab_size)
+    operands = [base_logits, *inputs.arm_logits]
+    z, allowed, bad = combine(operands, _coefficients(inputs), inputs.token_mask, vocab_size)
     valid = (temperature >= 0) & (temperature < _INF) & (top_p >= 0) & (top_p <= 1) & (min_p >= 0) & (min_p <= 1)
     status = _status(allowed, bad | ~valid)
     drawn = status == DRAWN
@@ -64,15 +53,15 @@ def guided_step(
     p = scaled.exp()
     log_total = _row_sum(p).log()
 
-    keep = _filter(z, p, top_k, top_p, min_p) if filtered else z > -_INF
+    # Filters that are off in every row spare the sort.
+    keep = _filter(z, p, top_k, top_p, min_p) if sampling.filters(vocab_size) else z > -_INF
     token = torch.where(greedy, z.argmax(1), _draw(scaled.where(keep, -_INF), seed, position))
     kept = torch.where(greedy, 1, keep.sum(1))
 
     token = torch.where(drawn, token, -1)
     kept = torch.where(drawn, kept, 0).int()
-    if not logprobs:
-        none = [torch.empty(0, dtype=torch.float32, device=z.device) for _ in range(4)]  # outputs must not alias
-        return token, *none[:2], kept, *none[2:], status
+    if not sampling.logprobs:
+        return empty_step(inputs, False)._replace(token=token, kept=kept, status=status)
     logprob = _at(scaled, token) - log_total
     log_mass = (_row_sum(p.where(keep, 0.0)).log() - log_total).maximum(logprob)
     own = torch.stack([_at(x[:, :vocab_size].double().log_softmax(1), token) for x in operands], 1)
@@ -80,28 +69,22 @@ def guided_step(
     def of_drawn(field: Tensor) -> Tensor:
         return torch.where(drawn if field.dim() == 1 else drawn[:, None], field, torch.nan).float()
 
-    return (
-        token,
-        of_drawn(logprob),
-        of_drawn(torch.where(kept == 1, logprob, log_mass)),
-        kept,
-        of_drawn(own[:, 0]),
-        of_drawn(own[:, 1:]),
-        status,
+    return GuidedStep(
+        token=token,
+        logprob=of_drawn(logprob),
+        log_mass=of_drawn(torch.where(kept == 1, logprob, log_mass)),
+        kept=kept,
+        base_logprob=of_drawn(own[:, 0]),
+        arm_logprobs=of_drawn(own[:, 1:]),
+        status=status,
     )
 
 
-def guided_log_softmax(
-    base_logits: Tensor,
-    arm_logits: Sequence[Tensor],
-    weights: Tensor,
-    base_weight: Tensor,
-    temperature: Tensor,
-    token_mask: Tensor | None,
-    vocab_size: int,
-) -> Tensor:
+def guided_log_softmax(inputs: Inputs) -> Tensor:
     """log p `[B, V]` of the guided distribution, float32, as wide as the base."""
-    z, allowed, bad = combine([base_logits, *arm_logits], _coefficients(base_weight, weights), token_mask, vocab_size)
+    base_logits, vocab_size = inputs.base_logits, inputs.vocab_size
+    operands, temperature = [base_logits, *inputs.arm_logits], _rows(base_logits, inputs.temperature)
+    z, allowed, bad = combine(operands, _coefficients(inputs), inputs.token_mask, vocab_size)
     status = _status(allowed, bad | ~((temperature > 0) & (temperature < _INF)))
     z = torch.where((status == DRAWN)[:, None], z, 0.0)
     temperature = torch.where(status == DRAWN, temperature, 1.0)
@@ -149,8 +132,19 @@ def _fma(weight: Tensor, x: Tensor, acc: Tensor) -> Tensor:
     return torch.where(inexact & ~odd, total.nextafter(toward), total).float()
 
 
-def _coefficients(base_weight: Tensor, weights: Tensor) -> Tensor:
-    return torch.cat([base_weight[:, None], weights], 1)
+def _rows(base: Tensor, value: Floats | Ints, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A parameter as `[B]`."""
+    if isinstance(value, Tensor):
+        return value
+    return torch.full((base.shape[0],), value, dtype=dtype, device=base.device)
+
+
+def _coefficients(inputs: Inputs) -> Tensor:
+    """The operands' weights `[B, 1 + N]`, the base's first."""
+    base, weights = inputs.base_logits, inputs.weights
+    # One fill an ARM: copying a list of numbers to a GPU would wait for it.
+    of_arms = weights.unbind(1) if isinstance(weights, Tensor) else [_rows(base, number) for number in weights]
+    return torch.stack([_rows(base, inputs.base_weight), *of_arms], 1)
 
 
 def _status(allowed: Tensor, bad: Tensor) -> Tensor:

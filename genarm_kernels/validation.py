@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,29 +11,58 @@ from torch import Tensor
 from . import rng
 from .backends import NAMES
 from .calls import counting_denormals
+from .parameters import Floats, Inputs, Ints, Sampling, Weights
 
 OPERAND_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_FLOAT32 = torch.finfo(torch.float32).max
 _WEIGHT = "a number for each ARM (pass a tensor [B, N] for weights per row)"
 ABOVE_ZERO = 2.0**-149  # the smallest float32: what is below would be rounded to 0
 
-# A parameter: the number that holds for every row, or the tensor that holds one a row.
-FloatRows: TypeAlias = tuple[float, Tensor | None]
-IntRows: TypeAlias = tuple[int, Tensor | None]
+
+def inputs(
+    *,
+    base_logits: Tensor,
+    arm_logits: Sequence[Tensor] | Tensor,
+    weights: float | Sequence[float] | Tensor,
+    base_weight: Floats,
+    temperature: Floats,
+    token_mask: Tensor | None,
+    vocab_size: int | None,
+    lowest_temperature: float = 0.0,
+) -> Inputs:
+    """The arguments that every operation has."""
+    base, arms, vocab = _operands(base_logits, arm_logits, vocab_size)
+    return Inputs(
+        base_logits=base,
+        arm_logits=arms,
+        vocab_size=vocab,
+        weights=_weights(weights, base, len(arms)),
+        base_weight=_floats("base_weight", base_weight, base),
+        temperature=_floats("temperature", temperature, base, lowest_temperature),
+        token_mask=_token_mask(token_mask, base, vocab),
+    )
 
 
-class Operands(NamedTuple):
-    """The logits of one call: `base` and `arms` are matrices of B rows, `vocab_size` at most the width of each."""
+def sampling(
+    base: Tensor, *, top_k: Ints, top_p: Floats, min_p: Floats, seed: Ints, position: Ints, logprobs: bool
+) -> Sampling:
+    """The arguments of the operations that draw; `base`: the checked `base_logits`."""
+    return Sampling(
+        top_k=_ints("top_k", top_k, base),
+        top_p=_floats("top_p", top_p, base, 0.0, 1.0),
+        min_p=_floats("min_p", min_p, base, 0.0, 1.0),
+        seed=_counters("seed", seed, base, per_row=True),
+        position=_counters("position", position, base),
+        logprobs=_flag("logprobs", logprobs),
+    )
 
-    base: Tensor
-    arms: list[Tensor]
-    vocab_size: int
 
-
-def operands(base_logits: Any, arm_logits: Any, vocab_size: Any) -> Operands:
-    """ValueError or TypeError unless the logits fit each other."""
+def _operands(base_logits: Any, arm_logits: Any, vocab_size: Any) -> tuple[Tensor, list[Tensor], int]:
+    """The base, the ARMs and the vocabulary; ValueError or TypeError unless the logits fit each other."""
     rows, width = _logits("base_logits", base_logits)
-    if isinstance(arm_logits, Tensor):
+    if isinstance(arm_logits, (list, tuple)):  # the usual cases first: a look at Sequence takes half a microsecond
+        arms = list(arm_logits)
+    elif isinstance(arm_logits, Tensor):
         if arm_logits.dim() != 3:
             raise ValueError(f"arm_logits: expected a sequence of [B, V] or one [N, B, V], got {_kind(arm_logits)}")
         arms = list(arm_logits.unbind(0))
@@ -55,55 +84,57 @@ def operands(base_logits: Any, arm_logits: Any, vocab_size: Any) -> Operands:
     if vocab_size is None:
         if max(widths) != narrowest:
             raise ValueError(f"vocab_size: operands of different width need it, got None for widths {widths}")
-        return Operands(base, arms, narrowest)
+        return base, arms, narrowest
     vocab_size = _int("vocab_size", vocab_size)
     if not 1 <= vocab_size <= narrowest:
         raise ValueError(f"vocab_size: expected 1 to {narrowest} (the narrowest operand), got {vocab_size}")
-    return Operands(base, arms, vocab_size)
+    return base, arms, vocab_size
 
 
-def weights(value: Any, base: Tensor, n_arms: int) -> tuple[list[float], Tensor | None]:
+def _weights(value: Any, base: Tensor, n_arms: int) -> Weights:
     """N numbers, or a float32 tensor `[B, N]`, from a float, N floats, or a tensor `[N]` or `[B, N]`."""
+    if type(value) is float:
+        return [_float("weights", value)] * n_arms
     rows = base.shape[0]
     if isinstance(value, Tensor):
         _parameter_tensor("weights", value, base, floating=True)
         if tuple(value.shape) not in ((), (n_arms,), (rows, n_arms)):
             raise ValueError(f"weights: expected a tensor [{n_arms}] or [{rows}, {n_arms}], got {_kind(value)}")
-        return [], counting_denormals(value.detach().float).expand(rows, n_arms)
+        return counting_denormals(value.detach().float).expand(rows, n_arms)
     if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != n_arms:
             raise ValueError(f"weights: expected {_WEIGHT}, got {len(value)} for {n_arms} ARMs")
-        return [_float(f"weights[{i}]", w, _WEIGHT) for i, w in enumerate(value)], None
-    return [_float("weights", value)] * n_arms, None
+        return [_float(f"weights[{i}]", w, _WEIGHT) for i, w in enumerate(value)]
+    return [_float("weights", value)] * n_arms
 
 
-def float_rows(name: str, value: Any, base: Tensor, low: float = -math.inf, high: float = math.inf) -> FloatRows:
+def _floats(name: str, value: Any, base: Tensor, low: float = -math.inf, high: float = math.inf) -> Floats:
     """A float parameter; a number must be finite and lie in [low, high]."""
     if isinstance(value, Tensor):
-        return 0.0, _rows(name, value, base, floating=True)
+        return _rows(name, value, base, floating=True)
     value = _float(name, value)
     if not low <= value <= high:
         bounds = f"from {low:g} to {high:g}" if high < math.inf else "above 0" if low > 0 else f"at least {low:g}"
         raise ValueError(f"{name}: expected a number {bounds}, got {value}")
-    return value, None
+    return value
 
 
-def int_rows(name: str, value: Any, base: Tensor) -> IntRows:
-    """An int parameter that holds for every row, clamped to int64 (top_k: any int is a meaning)."""
+def _ints(name: str, value: Any, base: Tensor) -> Ints:
+    """An int parameter; a number is clamped to int64 (top_k: any int is a meaning)."""
     if isinstance(value, Tensor):
-        return 0, _rows(name, value, base, floating=False)
+        return _rows(name, value, base, floating=False)
     value = _int(name, value)
-    return value if -(2**63) <= value < 2**63 else (2**63 - 1 if value > 0 else -(2**63)), None
+    return value if -(2**63) <= value < 2**63 else (2**63 - 1 if value > 0 else -(2**63))
 
 
-def counter_rows(name: str, value: Any, base: Tensor, per_row: bool = False) -> IntRows:
+def _counters(name: str, value: Any, base: Tensor, per_row: bool = False) -> Ints:
     """A 64-bit parameter of the random numbers, wrapped to int64. `per_row`: a 0-dim tensor seeds every row anew."""
     if isinstance(value, Tensor):
         rows = _rows(name, value, base, floating=False)
         if per_row and value.dim() == 0:
             rows = rng.row_seeds(rows, base.shape[0], base.device)
-        return 0, rows
-    return counter(name, value), None
+        return rows
+    return counter(name, value)
 
 
 def counter(name: str, value: Any) -> int:
@@ -114,7 +145,7 @@ def counter(name: str, value: Any) -> int:
     return value if value < 2**63 else value - 2**64
 
 
-def token_mask(value: Any, base: Tensor, vocab_size: int) -> Tensor | None:
+def _token_mask(value: Any, base: Tensor, vocab_size: int) -> Tensor | None:
     """None, or the int32 bitmask `[B, W]` with W words enough for the vocabulary."""
     if value is None:
         return None
@@ -142,7 +173,7 @@ def backend(value: Any) -> str:
     return value
 
 
-def flag(name: str, value: Any) -> bool:
+def _flag(name: str, value: Any) -> bool:
     """A bool, and nothing that merely looks like one."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected a bool, got {_kind(value)}")

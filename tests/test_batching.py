@@ -8,7 +8,7 @@ import torch
 from genarm import GenarmError, GuidedDecoder, batching, bundled, loading, provision, shared, world
 from genarm.engine import Begin, Drawn, Engine
 from genarm.forwards import StaticForward
-from genarm_kernels.backends import available_backends, interpreted
+from genarm_kernels.backends import available_backends, interpreted, triton
 from test_decoder import SMALL, byte_tokenizer, make_model
 
 INTERPRETER = "triton" in available_backends() and interpreted("triton")
@@ -154,12 +154,12 @@ def test_layers_in_one_launch_give_the_models_own_numbers(tokenizer, monkeypatch
     arms = {"a": adapter(base, 1), "b": adapter(base, 2, target_modules=["q_proj", "down_proj"])}
     plain, steps = shared._plain, []
 
-    def fits(x, weight, down):
+    def fits(x, layer):
         steps.append(x.shape[1] == 1)
         return steps[-1]
 
-    monkeypatch.setattr(shared, "can_share", lambda weight: True)
-    monkeypatch.setattr(shared, "fits_shared_linear", fits)
+    monkeypatch.setattr(shared, "can_fuse", lambda weight: True)
+    monkeypatch.setattr(triton, "suits_shared_linear", fits)
     monkeypatch.setattr(shared, "_plain", lambda layer: shared.LowRank(*(x.half() for x in plain(layer))))
     decoder = GuidedDecoder(base, tokenizer, arms)
     result = decoder.generate(PROMPTS[:3], weights={"a": 1.0, "b": -0.5}, max_new_tokens=4)
@@ -570,10 +570,12 @@ def test_shared_weights_on_a_gpu(tokenizer, gpu_models, sampling):
 def test_layers_in_one_launch_on_a_gpu(tokenizer, switches, dtype, monkeypatch):
     """In 16 bits a step's layers are Triton launches: up to 5 prompts, 15 rows; beyond, PyTorch's."""
     pytest.importorskip("peft", reason="adapters need PEFT")
+    from genarm_kernels.backends.triton import shared_linear as kernel
+
     base = endless(make_model("qwen3")).to("cuda", dtype)
     arms = {"a": adapter(base, 1), "b": adapter(base, 2, target_modules=["q_proj", "down_proj"])}
-    launches, launch = [], shared.shared_linear
-    monkeypatch.setattr(shared, "shared_linear", lambda *args: launches.append(len(args[0])) or launch(*args))
+    launches, launch = [], kernel.launch
+    monkeypatch.setattr(kernel, "launch", lambda y, *rest: launches.append(len(y)) or launch(y, *rest))
     decoder = GuidedDecoder(base, tokenizer, arms, **switches)
     for count in (5, 8, 5):
         result = decoder.generate(PROMPTS[:count], weights={"a": 1.0, "b": -0.5}, max_new_tokens=12)

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from genarm_kernels import GuidedStep, available_backends, guided_log_softmax, guided_step, low_rank
+from genarm_kernels import GuidedStep, available_backends, guided_log_softmax, guided_step
 from genarm_kernels.backends import cpu
-from genarm_kernels.low_rank import add_low_rank
+from genarm_kernels.outputs import empty_step
+from genarm_kernels.parameters import Inputs, LayerPart, Sampling, SharedLayer
+from genarm_kernels.shared_linear import shared_linear
 from genarm_kernels.testing import make_logits, random_case
 
 pytestmark = pytest.mark.skipif("cpu" not in available_backends(), reason=f"no CPU core: {cpu.why_unavailable()}")
@@ -233,17 +235,17 @@ def test_many_threads_call_at_once() -> None:
 def test_the_interpreter_is_free_meanwhile() -> None:
     """A thread counts on while another is in the core, at least once in many calls, however busy the machine is."""
     x = torch.zeros(4, 100_000)
-    fields = [torch.zeros(4, 1, dtype=dtype) for dtype in (torch.int64, *[torch.float32] * 5, torch.int32)]
-    fields[3] = fields[6].clone()
+    inputs = Inputs(x, [x], 100_000, weights=[1.0], base_weight=1.0, temperature=0.7, token_mask=None)
+    sampling = Sampling(top_k=0, top_p=0.9, min_p=0.0, seed=11, position=0, logprobs=True)
+    call = {"place": 1, "dtype": 0, "rows": 4, "inputs": inputs, "sampling": sampling}
+    outputs = empty_step(inputs, True)
     count, counted_on = 0, False
 
     def work() -> None:
         nonlocal counted_on
         for _ in range(300):
             before = count
-            cpu._cpu.guided_step(
-                0, 1, 4, *fields, x, [x], 100_000, True, [1.0], 1.0, 0.7, 0, 0.9, 0.0, 11, 0, *[None] * 9
-            )
+            cpu._cpu.guided_step(**call, outputs=outputs)
             if counted_on := count > before:
                 return
 
@@ -283,7 +285,7 @@ def test_denormal_numbers_count_whatever_the_host_flushes() -> None:
         results.append(guided_step(x, temperature=0, backend="cpu").token.tolist())
         results.append(guided_step(x, min_p=torch.tensor([1e-40]), backend="cpu").kept.tolist())
         y = torch.zeros(1, 1, 3)
-        cpu.add_low_rank(y, torch.ones(1, 1, 1), torch.ones(1, 1), x, 0, 1)
+        cpu.add_part(y, torch.ones(1, 1, 1), LayerPart(0, torch.ones(1, 1), x), 1)
         torch.set_flush_denormal(False)
         results.append([y.count_nonzero().item()])
     assert results == 2 * [[1], [3], [3]]
@@ -323,6 +325,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 CORE_ALONE = """
 import ctypes, importlib.util, sys
+from types import SimpleNamespace
 
 spec = importlib.util.spec_from_file_location("_cpu", sys.argv[1])
 core = importlib.util.module_from_spec(spec)
@@ -339,10 +342,16 @@ class Buffer:  # what the bindings want of a tensor
 f, i32, i64 = ctypes.c_float, ctypes.c_int32, ctypes.c_int64
 x = Buffer(f, 3, 60_000, ((v * 7919 % 1009) / 100 for v in range(180_000)))
 
+types = dict(token=i64, logprob=f, log_mass=f, kept=i32, base_logprob=f, arm_logprobs=f, status=i32)
+inputs = SimpleNamespace(
+    base_logits=x, arm_logits=[x], vocab_size=60_000, weights=[1.0], base_weight=1.0, temperature=0.7, token_mask=None
+)
+sampling = SimpleNamespace(top_k=500, top_p=0.9, min_p=0.0, seed=11, position=0, logprobs=True)
+
 def draw(threads):
-    fields = [Buffer(ctype, 3, 1) for ctype in (i64, f, f, i32, f, f, i32)]
-    core.guided_step(0, threads, 3, *fields, x, [x], 60_000, True, [1.0], 1.0, 0.7, 500, 0.9, 0.0, 11, 0, *[None] * 9)
-    return [list(field.array) for field in fields]
+    outputs = SimpleNamespace(**{name: Buffer(ctype, 3, 1) for name, ctype in types.items()})
+    core.guided_step(place=threads, dtype=0, rows=3, inputs=inputs, sampling=sampling, outputs=outputs)
+    return [list(getattr(outputs, name).array) for name in types]
 """
 
 
@@ -425,10 +434,15 @@ while not inside:
         assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
-# --- Low-rank additions -----------------------------------------------------------------------------------------------
+# --- The linear layer of a base and its adapters ----------------------------------------------------------------------
 
 
-def low_rank_case(dtype: torch.dtype, rows: int, sizes: tuple[int, int, int], step: int) -> tuple[torch.Tensor, ...]:
+def layer_of(y: torch.Tensor, part: LayerPart, operands: int) -> SharedLayer:
+    """A layer whose W x + bias is y."""
+    return SharedLayer(lambda x: y.clone(), [part], operands, None)
+
+
+def part_case(dtype: torch.dtype, rows: int, sizes: tuple[int, int, int], step: int) -> tuple[torch.Tensor, ...]:
     """y, x, down, up amid NaN, where they begin on no boundary."""
     rank, width, height = sizes
     shapes = ((rows * step, 1, height), (rows * step, 1, width), (rank, width), (rank, height))
@@ -447,15 +461,15 @@ def low_rank_case(dtype: torch.dtype, rows: int, sizes: tuple[int, int, int], st
     [(1, (8, 64, 64), 2), (3, (1, 1, 1), 2), (2, (5, 100, 33), 3), (7, (16, 15, 130), 2), (12, (16, 300, 257), 2)],
 )
 @torch.no_grad()
-def test_low_rank_parts_are_added_to_their_rows_alone(dtype, rows, sizes, step):
-    y, x, down, up = low_rank_case(dtype, rows, sizes, step)
-    assert low_rank._suits_core(y, x, down, up, step)
+def test_parts_are_added_to_their_rows_alone(dtype, rows, sizes, step):
+    y, x, down, up = part_case(dtype, rows, sizes, step)
+    assert cpu.suits_shared_linear(x)
     for first in {1, step - 1}:
-        outputs = []
+        outputs, part = [], LayerPart(first, down, up)
+        assert cpu.suits_part(y, x, part, step)
         for isa in ISAS:
             cpu._cpu.set_isa(isa)
-            outputs.append(y.clone())
-            add_low_rank(outputs[-1], x, down, up, first, step)
+            outputs.append(shared_linear(x, layer_of(y, part, step)))
             assert torch.equal(outputs[0], outputs[-1]), isa
         exact = y.double()
         exact[first::step] += (x[first::step].double() @ down.double().t()) @ up.double()
@@ -465,10 +479,7 @@ def test_low_rank_parts_are_added_to_their_rows_alone(dtype, rows, sizes, step):
         assert error.max() <= 1
         others = [row for row in range(len(y)) if row % step != first]
         assert torch.equal(outputs[0][others], y[others])
-        by_torch = y.clone()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(low_rank, "_suits_core", lambda *_: False)
-            add_low_rank(by_torch, x, down, up, first, step)
+        by_torch = shared_linear(x, layer_of(y, part, step), backend="reference")
         assert (by_torch.double() - exact).abs().max() <= 4 * (outputs[0].double() - exact).abs().max() + 1e-5
 
 
@@ -485,24 +496,25 @@ def test_sums_are_rounded_to_the_nearest(dtype):
     for isa in ISAS:
         cpu._cpu.set_isa(isa)
         y = torch.full((1, 1, len(values)), -0.0, dtype=dtype)
-        cpu.add_low_rank(y, torch.ones(1, 1, 1, dtype=dtype), torch.ones(1, 1), values[None], 0, 1)  # for torch: much
+        part = LayerPart(0, torch.ones(1, 1), values[None])  # which is much: for torch
+        cpu.add_part(y, torch.ones(1, 1, 1, dtype=dtype), part, 1)
         same = (y[0, 0] == expected) | (y[0, 0].isnan() & expected.isnan())
         assert same.all(), (isa, values[~same][:5], y[0, 0][~same][:5], expected[~same][:5])
 
 
 @torch.no_grad()
-def test_a_low_rank_row_has_the_same_bits_alone() -> None:
-    y, x, down, up = low_rank_case(torch.bfloat16, 12, (16, 300, 257), 2)
-    together, alone = y.clone(), y[20:22].clone()
-    assert low_rank._suits_core(y, x, down, up, 2)
-    add_low_rank(together, x, down, up, 1, 2)
-    add_low_rank(alone, x[20:22], down, up, 1, 2)
+def test_a_row_of_a_layer_has_the_same_bits_alone() -> None:
+    y, x, down, up = part_case(torch.bfloat16, 12, (16, 300, 257), 2)
+    part = LayerPart(1, down, up)
+    assert cpu.suits_part(y, x, part, 2)
+    together = shared_linear(x, layer_of(y, part, 2))
+    alone = shared_linear(x[20:22], layer_of(y[20:22], part, 2))
     assert torch.equal(alone, together[20:22])
 
 
 @pytest.mark.parametrize("kind", ["strided", "gradient", "mixed", "long", "much"])
 def test_what_does_not_suit_the_core_is_added_by_torch(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "add_low_rank", lambda *_: pytest.fail("the core was called"))
+    monkeypatch.setattr(cpu, "add_part", lambda *_: pytest.fail("the core was called"))
     tokens = 3 if kind == "long" else 1
     y, x, down, up = (torch.randn(shape) for shape in ((4, tokens, 6), (4, tokens, 4), (2, 4), (2, 6)))
     if kind == "strided":
@@ -510,12 +522,12 @@ def test_what_does_not_suit_the_core_is_added_by_torch(kind: str, monkeypatch: p
     elif kind == "mixed":
         x = x.bfloat16()
     elif kind == "much":
-        monkeypatch.setattr(low_rank, "_LITTLE_WORK", 10)
+        monkeypatch.setattr(cpu, "_LITTLE_WORK", 10)
     down.requires_grad_(kind == "gradient")
     expected = y.clone()
     expected[1::2] += (x[1::2].float() @ down.detach().t()) @ up
     with torch.set_grad_enabled(kind == "gradient"):
-        add_low_rank(y, x, down, up, 1, 2)
+        y = shared_linear(x, layer_of(y, LayerPart(1, down, up), 2))
     assert torch.allclose(y, expected, atol=1e-5)
     assert y.requires_grad == (kind == "gradient")
 
@@ -523,9 +535,13 @@ def test_what_does_not_suit_the_core_is_added_by_torch(kind: str, monkeypatch: p
 @torch.no_grad()
 def test_sizes_that_do_not_fit_never_reach_the_core() -> None:
     y, x, down, up = torch.randn(4, 1, 6), torch.randn(4, 1, 4), torch.randn(2, 4), torch.randn(2, 6)
-    assert low_rank._suits_core(y, x, down, up, 2)
+
+    def suit(y: torch.Tensor, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> bool:
+        return cpu.suits_part(y, x, LayerPart(1, down, up), 2)
+
+    assert suit(y, x, down, up)
     narrow_x, narrow_y = x[..., :3].contiguous(), y[..., :5].contiguous()
     for wrong in ((y[:2], x, down, up), (y, narrow_x, down, up), (narrow_y, x, down, up), (y, x, down, up[:1])):
-        assert not low_rank._suits_core(*wrong, 2)
+        assert not suit(*wrong)
     for wrong in ((y, x, down, up.half()), (y, x, down.t().contiguous().t(), up), (y.double(), x.double(), down, up)):
-        assert not low_rank._suits_core(*wrong, 2)
+        assert not suit(*wrong)

@@ -37,7 +37,7 @@ class Emulation:
         self.folder, self.sanitizer = folder, sanitizer
         # ThreadSanitizer is told of the emulation's threads, and must not see how they are made.
         flags = [f"-fsanitize={sanitizer}"] if sanitizer != "thread" else ["-DSIMT_TSAN"]
-        sources = (SIMT / "emulation.cpp", ROOT / "csrc/bindings_cuda.cpp")
+        sources = (SIMT / "emulation.cpp", ROOT / "csrc/python/cuda.cpp")
         with ThreadPoolExecutor() as pool:
             self.objects = list(pool.map(lambda source: self.compile(source, ROOT / "csrc", *flags), sources))
         self.module = self.build(ROOT / "csrc", "as-is")

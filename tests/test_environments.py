@@ -40,7 +40,7 @@ def is_current(tree, target):
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 def test_an_edited_source_is_built_and_nothing_else_is(tree):
     sources = [path for path in (tree / "csrc").rglob("*") if path.suffix in (".cpp", ".cu", ".h", ".inc")]
-    assert {"bindings.h", "bindings_cuda.cpp", "guided_step.cu", "row_kernel.inc"} <= {path.name for path in sources}
+    assert {"bindings.h", "cuda.cpp", "guided_step.cu", "row_kernel.inc"} <= {path.name for path in sources}
     assert is_current(tree, ".venv/ready")
     for path in (*sources, tree / "setup.py", tree / "pyproject.toml"):
         os.utime(path, (4000, 4000))

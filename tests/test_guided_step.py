@@ -5,6 +5,7 @@ The oracle below is written from the contract's words in float64 NumPy and plain
 `genarm_kernels.reference`. Tests say which rule of the contract they hold.
 """
 
+import inspect
 import math
 import re
 import subprocess
@@ -30,6 +31,7 @@ from genarm_kernels import (
     run_concurrently,
 )
 from genarm_kernels.backends import interpreted
+from genarm_kernels.parameters import Inputs, Sampling, flatten, names, take
 from genarm_kernels.testing import make_logits, pooled_chi_squared, random_case
 
 INF, NAN = math.inf, math.nan
@@ -1400,18 +1402,40 @@ def test_differences_beyond_float32(backend: str) -> None:
 
 
 def operator_arguments(backend: str, rows: bool) -> dict[str, tuple]:
-    """What the public functions hand to the operators, as numbers or as one number a row."""
+    """What the public functions hand to the operators, as numbers or as one number per row."""
     x = make_logits("normal", (3, 40))
-    floats = [torch.full((3,), 0.5) if rows else None for _ in range(4)]
-    ints = [torch.ones(3, dtype=torch.int64) if rows else None for _ in range(3)]
-    weights = ([], torch.ones(3, 2)) if rows else ([0.5, 0.25], None)
-    mask = bitmask([[1, 2, 35]] * 3, 2) if rows else None
-    head, numbers = (backend, x, [x + 1, x * 2], 39), (weights[0], 1.0, 0.7)
-    tensors = (mask, weights[1], floats[0], floats[1])
+    half, one = torch.full((3,), 0.5), torch.ones(3, dtype=torch.int64)
+    inputs = Inputs(
+        base_logits=x,
+        arm_logits=[x + 1, x * 2],
+        vocab_size=39,
+        weights=torch.ones(3, 2) if rows else [0.5, 0.25],
+        base_weight=half if rows else 1.0,
+        temperature=half if rows else 0.7,
+        token_mask=bitmask([[1, 2, 35]] * 3, 2) if rows else None,
+    )
+    numbers = Sampling(top_k=20, top_p=0.9, min_p=0.01, seed=7, position=5, logprobs=True)
+    sampling = Sampling(top_k=one, top_p=half, min_p=half, seed=one, position=one, logprobs=True) if rows else numbers
     return {
-        "guided_step": (*head, True, *numbers, 20, 0.9, 0.01, 7, 5, *tensors, ints[0], *floats[2:], *ints[1:]),
-        "guided_log_softmax": (*head, *numbers, *tensors),
+        "guided_step": (backend, *flatten(inputs, sampling)),
+        "guided_log_softmax": (backend, *flatten(inputs)),
     }
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize(
+    "name, structures", [("guided_step", (Inputs, Sampling)), ("guided_log_softmax", (Inputs,))], ids=str
+)
+def test_the_argument_list_stands_once(name: str, structures: tuple, rows: bool) -> None:
+    """The public function, the structures and the operator have the same arguments, and the way between is exact."""
+    public = inspect.signature(getattr(genarm_kernels, name)).parameters
+    assert {*public} == {"backend", *(field for kind in structures for field in kind._fields)}
+    schema = getattr(torch.ops.genarm_kernels, name).default._schema
+    assert [argument.name for argument in schema.arguments] == ["backend", *names(*structures)]
+    _, *flat = operator_arguments("reference", rows)[name]
+    assert len(flat) == len(schema.arguments) - 1
+    values = iter(flat)
+    assert flatten(*[take(kind, values) for kind in structures]) == flat  # tensors by identity
 
 
 @pytest.mark.parametrize("rows", [False, True])
@@ -1423,7 +1447,7 @@ def test_opcheck(backend: str, name: str, rows: bool) -> None:
             x.detach_().requires_grad_()
     torch.library.opcheck(operator, arguments)
     if name == "guided_step":
-        torch.library.opcheck(operator, (*arguments[:4], False, *arguments[5:]))
+        torch.library.opcheck(operator, (*arguments[:-1], False))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -1,6 +1,7 @@
 # ruff: noqa: C408 - dict(top_k=5) reads as the call that it stands for
 """The Triton backend beyond the contract's tests: what is compiled, what is launched, what a buffer too small does."""
 
+import functools
 import json
 import os
 import shutil
@@ -12,8 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F  # noqa: N812
 
-from genarm_kernels import available_backends, guided_step, low_rank, ops, rng
+from genarm_kernels import available_backends, guided_step, rng
+from genarm_kernels.backends import triton as backend
+from genarm_kernels.parameters import LayerPart, SharedLayer, WholeLayer, flatten
+from genarm_kernels.shared_linear import can_fuse
+from genarm_kernels.shared_linear import shared_linear as shared_linear_of
 from genarm_kernels.testing import make_logits, random_case
 
 pytestmark = pytest.mark.skipif("triton" not in available_backends(), reason="the Triton backend cannot run here")
@@ -82,6 +88,12 @@ SHARED_LINEARS = [
 ]
 
 
+def layer_of(whole: WholeLayer, ranks: tuple[int, ...]) -> SharedLayer:
+    parts = zip(whole.down.split(ranks), whole.up.split(ranks), strict=True)
+    linear = functools.partial(F.linear, weight=whole.weight, bias=whole.bias)
+    return SharedLayer(linear, [LayerPart(i, *part) for i, part in enumerate(parts, start=1)], whole.operands, whole)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rows", "ranks", "width", "height", "bias"), SHARED_LINEARS)
 def test_shared_linear(dtype, rows, ranks, width, height, bias) -> None:
@@ -91,11 +103,11 @@ def test_shared_linear(dtype, rows, ranks, width, height, bias) -> None:
     down, up = guarded((total, width), dtype, 4), guarded((total, height), dtype, 5)
     owners = torch.tensor([i for i, rank in enumerate(ranks, start=1) for _ in range(rank)], dtype=torch.int32)
     owners = owners.to(DEVICE)
-    arguments = (x, weight, b, down, up, owners, operands)
+    whole = WholeLayer(weight, b, down, up, owners, operands)
     from genarm_kernels.backends.triton import shared_linear
 
     y = guarded((rows, 1, height), dtype, 6).fill_(3e4)
-    shared_linear.launch(y, *arguments)
+    shared_linear.launch(y, x, whole)
 
     own = (owners[None] == torch.arange(rows, device=DEVICE)[:, None] % operands).double()
     inner = (x[:, 0].double() @ down.double().t()) * own
@@ -106,16 +118,21 @@ def test_shared_linear(dtype, rows, ranks, width, height, bias) -> None:
     assert ((y[:, 0].double() - exact).abs() <= bound).all()
     around = torch.as_strided(y, (y.numel() + 128,), (1,), y.storage_offset() - 64)
     assert around[:64].isnan().all() and around[-64:].isnan().all()
-    assert torch.equal(ops.shared_linear(*arguments), y)
-    torch.library.opcheck(
-        torch.ops.genarm_kernels.shared_linear.default, arguments, test_utils=("test_schema", "test_faketensor")
-    )
+    layer = layer_of(whole, ranks)
+    assert torch.equal(shared_linear_of(x, layer, backend="triton"), y)
+    by_torch = shared_linear_of(x, layer, backend="reference")
+    assert ((by_torch[:, 0].double() - exact).abs() <= 2 * bound).all()
+    operator, arguments = torch.ops.genarm_kernels.shared_linear.default, (x, *flatten(whole))
+    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+    with pytest.raises(ValueError, match="weight: expected contiguous"):
+        operator(x, weight.float(), *arguments[2:])
 
 
 def test_when_a_layer_is_shared_in_one_launch() -> None:
     def fits(rows=2, tokens=1, rank=8, dtype=torch.bfloat16, weight=torch.bfloat16, adapter=torch.bfloat16) -> bool:
         x, w = torch.ones(rows, tokens, 16, dtype=dtype), torch.ones(4, 16, dtype=weight)
-        return low_rank.fits_shared_linear(x, w, torch.ones(rank, 16, dtype=adapter))
+        down, owners = torch.ones(rank, 16, dtype=adapter), torch.ones(rank, dtype=torch.int32)
+        return backend.suits_shared_linear(x, WholeLayer(w, None, down, down[:, :4], owners, 2))
 
     with torch.no_grad():
         assert fits() and fits(rows=16, rank=64)
@@ -123,7 +140,7 @@ def test_when_a_layer_is_shared_in_one_launch() -> None:
         assert not any(fits(**one) for one in wrong)
         assert not fits(dtype=torch.float32, weight=torch.float32, adapter=torch.float32)
     assert not fits()  # the operator has no gradient
-    assert not low_rank.can_share(torch.ones(1))  # on a CPU
+    assert not can_fuse(torch.ones(1))  # on a CPU
 
 
 def test_a_compiler_sees_through_the_choice() -> None:
@@ -131,15 +148,14 @@ def test_a_compiler_sees_through_the_choice() -> None:
     x, weight, down = (torch.ones(shape, device=DEVICE).half() for shape in ((2, 1, 16), (16, 16), (8, 16)))
     owners = torch.ones(8, dtype=torch.int32, device=DEVICE)
 
-    def layer(x: torch.Tensor) -> torch.Tensor:
-        fits = low_rank.fits_shared_linear(x, weight, down)
-        y = low_rank.shared_linear(x, weight, None, down, down, owners, 2) if fits else x
-        low_rank.add_low_rank(y, x, down, down, 1, 2)
-        return y
+    layer = layer_of(WholeLayer(weight, None, down, down, owners, 2), (8,))
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return shared_linear_of(x, layer) + shared_linear_of(x, layer._replace(whole=None))
 
     with torch.no_grad():
-        compiled = torch.compile(layer, backend="eager", fullgraph=True)(x)
-        assert torch.equal(compiled, layer(x)) and not torch.equal(compiled, x)
+        compiled = torch.compile(call, backend="eager", fullgraph=True)(x)
+        assert torch.equal(compiled, call(x)) and not torch.equal(compiled, x)
 
 
 # --- Launching --------------------------------------------------------------------------------------------------------

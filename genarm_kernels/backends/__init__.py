@@ -3,11 +3,30 @@
 import functools
 import importlib
 import importlib.util
-from types import ModuleType
+from typing import TYPE_CHECKING, Protocol, cast
+
+from torch import Tensor
+
+from ..outputs import GuidedStep
+from ..parameters import Inputs, Sampling
 
 # The plainest first: where nothing else is known, "auto" takes the last one that can run on the operands' device.
 NAMES = ("reference", "cpu", "triton", "cuda")
 _DEVICES = {"cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
+
+
+class Backend(Protocol):
+    """What a backend's module has. `genarm_kernels.shared_linear` knows by itself which ones have that."""
+
+    def why_unavailable(self) -> str | None: ...
+    def guided_step(self, inputs: Inputs, sampling: Sampling) -> GuidedStep: ...
+    def guided_log_softmax(self, inputs: Inputs) -> Tensor: ...
+
+
+if TYPE_CHECKING:
+    from . import cpu, cuda, reference, triton
+
+    _BACKENDS: tuple[Backend, ...] = (reference, cpu, triton, cuda)
 
 
 @functools.cache
@@ -15,9 +34,7 @@ def why_unavailable(name: str) -> str | None:
     """None when the backend can run on this machine, otherwise the reason in words."""
     if importlib.util.find_spec(f"{__name__}.{name}") is None:
         return "not part of this version"
-    module = importlib.import_module(f"{__name__}.{name}")
-    reason: str | None = module.why_unavailable()
-    return reason
+    return cast(Backend, importlib.import_module(f"{__name__}.{name}")).why_unavailable()
 
 
 def interpreted(name: str) -> bool:
@@ -56,8 +73,8 @@ def _auto(device_type: str, rows: int) -> str:
     return able[-1]
 
 
-def load(name: str, device_type: str, rows: int) -> ModuleType:
-    """The module of "auto" or a named backend: the operators with their arguments less `backend`.
+def load(name: str, device_type: str, rows: int) -> Backend:
+    """The module of "auto" or a named backend.
 
     A named backend is never replaced by another: RuntimeError when it cannot run.
     """
@@ -65,10 +82,10 @@ def load(name: str, device_type: str, rows: int) -> ModuleType:
 
 
 @functools.cache
-def _module(name: str, device_type: str) -> ModuleType:
+def _module(name: str, device_type: str) -> Backend:
     reason = why_unavailable(name)
     if reason is None and not interpreted(name) and device_type not in _DEVICES.get(name, (device_type,)):
         reason = f"the operands are on {device_type!r}"
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot run: {reason}; available here: {', '.join(available_backends())}")
-    return importlib.import_module(f"{__name__}.{name}")
+    return cast(Backend, importlib.import_module(f"{__name__}.{name}"))

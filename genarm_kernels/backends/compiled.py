@@ -1,54 +1,45 @@
-"""What the compiled backends share: their modules (csrc/bindings.h) take the same calls, each at a place of its own."""
+"""What the compiled backends share: their modules (csrc/python/bindings.h) take the same calls, each at a place of its
+own."""
 
-from types import ModuleType
-from typing import Any
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..outputs import empty_step, empty_whole
+from ..outputs import GuidedStep, empty_step, empty_whole
+from ..parameters import Inputs, Sampling
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # genarm_dtype
+Place = TypeVar("Place", contravariant=True)
 
 
-def guided_step(
-    module: ModuleType,
-    place: Any,
-    base_logits: Tensor,
-    arm_logits: list[Tensor],
-    vocab_size: int,
-    logprobs: bool,
-    *parameters: Any,
-) -> tuple[Tensor, ...]:
-    outputs = empty_step(base_logits, len(arm_logits), logprobs)
-    module.guided_step(
-        DTYPES[base_logits.dtype],
-        place,
-        base_logits.shape[0],
-        *outputs,
-        base_logits,
-        arm_logits,
-        vocab_size,
-        logprobs,
-        *parameters,
+class Step(Protocol[Place]):
+    def __call__(
+        self, *, place: Place, dtype: int, rows: int, inputs: Inputs, sampling: Sampling, outputs: GuidedStep
+    ) -> None: ...
+
+
+class LogSoftmax(Protocol[Place]):
+    def __call__(self, *, place: Place, dtype: int, rows: int, inputs: Inputs, logp: Tensor) -> None: ...
+
+
+def guided_step(core: Step[Place], place: Place, inputs: Inputs, sampling: Sampling) -> GuidedStep:
+    base, outputs = inputs.base_logits, empty_step(inputs, sampling.logprobs)
+    core(
+        place=place,
+        dtype=DTYPES[base.dtype],
+        rows=base.shape[0],
+        inputs=inputs,
+        sampling=sampling,
+        outputs=outputs,
     )
     return outputs
 
 
-def guided_log_softmax(
-    module: ModuleType, place: Any, base_logits: Tensor, arm_logits: list[Tensor], vocab_size: int, *parameters: Any
-) -> Tensor:
-    logp = empty_whole(base_logits)
-    module.guided_log_softmax(
-        DTYPES[base_logits.dtype],
-        place,
-        base_logits.shape[0],
-        logp,
-        base_logits,
-        arm_logits,
-        vocab_size,
-        *parameters,
-    )
-    if vocab_size < logp.shape[1]:
-        logp[:, vocab_size:] = torch.where(logp[:, :1].isnan(), torch.nan, -torch.inf)  # a bad row is NaN throughout
+def guided_log_softmax(core: LogSoftmax[Place], place: Place, inputs: Inputs) -> Tensor:
+    base, logp = inputs.base_logits, empty_whole(inputs)
+    core(place=place, dtype=DTYPES[base.dtype], rows=base.shape[0], inputs=inputs, logp=logp)
+    if inputs.vocab_size < logp.shape[1]:
+        # A bad row is NaN throughout.
+        logp[:, inputs.vocab_size :] = torch.where(logp[:, :1].isnan(), torch.nan, -torch.inf)
     return logp

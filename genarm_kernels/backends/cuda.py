@@ -1,12 +1,15 @@
 """The CUDA kernels (csrc/cuda) as a backend: hands tensors' addresses and the current stream to `_cuda`."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..outputs import GuidedStep
+from ..parameters import Inputs, Sampling
 from . import compiled
 
 _import_error: ImportError | None = None
@@ -14,6 +17,16 @@ try:
     from .. import _cuda
 except ImportError as error:
     _import_error = error
+
+T = TypeVar("T", Inputs, Sampling)
+
+
+class Place(NamedTuple):
+    """Where a call runs, and how it gets so many bytes there."""
+
+    device: int
+    stream: int
+    memory: Callable[[int], Tensor]
 
 
 def why_unavailable() -> str | None:
@@ -37,16 +50,16 @@ def interpreted() -> bool:
     return _import_error is None and _cuda.EMULATED
 
 
-def guided_step(base_logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    with _current(base_logits.device):
-        return compiled.guided_step(_cuda, _place(base_logits.device), base_logits, *_of_rows(args, len(base_logits)))
+def guided_step(inputs: Inputs, sampling: Sampling) -> GuidedStep:
+    device = inputs.base_logits.device
+    with _current(device):
+        return compiled.guided_step(_cuda.guided_step, _place(device), _of_rows(inputs), _of_rows(sampling))
 
 
-def guided_log_softmax(base_logits: Tensor, *args: Any) -> Tensor:
-    with _current(base_logits.device):
-        return compiled.guided_log_softmax(
-            _cuda, _place(base_logits.device), base_logits, *_of_rows(args, len(base_logits))
-        )
+def guided_log_softmax(inputs: Inputs) -> Tensor:
+    device = inputs.base_logits.device
+    with _current(device):
+        return compiled.guided_log_softmax(_cuda.guided_log_softmax, _place(device), _of_rows(inputs))
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
@@ -56,18 +69,21 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
-def _place(device: torch.device) -> tuple[Any, ...]:
-    """Where the call runs: device, stream, and how to get memory there."""
-
+def _place(device: torch.device) -> Place:
     def memory(size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=device)
 
     if device.type != "cuda":
-        return 0, 0, memory
+        return Place(0, 0, memory)
     index: int = device.index
-    return index, torch._C._cuda_getCurrentRawStream(index), memory
+    return Place(index, torch._C._cuda_getCurrentRawStream(index), memory)
 
 
-def _of_rows(args: tuple[Any, ...], rows: int) -> list[Any]:
-    """A tensor that repeats one number has stride 0, which in the C interface means a number of the host's."""
-    return [x.contiguous() if isinstance(x, Tensor) and x.stride(0) == 0 and rows > 1 else x for x in args]
+def _of_rows(structure: T) -> T:
+    """A parameter that repeats one number has stride 0, which in the C interface means a number of the host's."""
+    repeated: dict[str, Any] = {
+        name: value.contiguous()
+        for name, value in zip(structure._fields, structure, strict=True)
+        if isinstance(value, Tensor) and name != "base_logits" and value.shape[0] > 1 and value.stride(0) == 0
+    }
+    return structure._replace(**repeated) if repeated else structure

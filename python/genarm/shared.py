@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from genarm_kernels.low_rank import add_low_rank, can_share, fits_shared_linear, shared_linear
+from genarm_kernels.parameters import LayerPart, SharedLayer, WholeLayer
+from genarm_kernels.shared_linear import can_fuse, shared_linear
 from genarm_kernels.validation import OPERAND_DTYPES
 
 from . import loading
@@ -79,19 +80,22 @@ class _SharedLinear(nn.Module):
         self.linear = linear
         # Out of the modules, whose calls and lookups a CPU feels at every layer of every step.
         plain = type(linear) is nn.Linear
-        self._call = partial(F.linear, weight=linear.weight, bias=linear.bias) if plain else linear
-        self._weights = (linear.weight, linear.bias) if plain and can_share(linear.weight) else None
+        call = partial(F.linear, weight=linear.weight, bias=linear.bias) if plain else linear
 
         given = {operand: part for operand, part in enumerate(parts, start=1) if part is not None}
         ranks = [len(part.down) for part in given.values()]
         down = self._buffer("down", torch.cat([part.down for part in given.values()]))
         up = self._buffer("up", torch.cat([part.up.t() for part in given.values()]))
-        owners = torch.tensor(list(given), dtype=torch.int32).repeat_interleave(torch.tensor(ranks))
-        self._adapters = (down, up, self._buffer("owners", owners.to(down.device)), 1 + len(parts))
-        self._parts = [
-            (self._buffer(f"down{operand}", own_down), self._buffer(f"up{operand}", own_up), operand)
+        own = [
+            LayerPart(operand, self._buffer(f"down{operand}", own_down), self._buffer(f"up{operand}", own_up))
             for operand, own_down, own_up in zip(given, down.split(ranks), up.split(ranks), strict=True)
         ]
+        whole, operands = None, 1 + len(parts)
+        if plain and can_fuse(linear.weight):
+            owners = torch.tensor(list(given), dtype=torch.int32).repeat_interleave(torch.tensor(ranks))
+            owners = self._buffer("owners", owners.to(down.device))
+            whole = WholeLayer(linear.weight, linear.bias, down, up, owners, operands)
+        self._layer = SharedLayer(call, own, operands, whole)
 
     def _buffer(self, name: str, tensor: Tensor) -> Tensor:
         """Which a twin shares."""
@@ -99,13 +103,7 @@ class _SharedLinear(nn.Module):
         return tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        down, up, owners, operands = self._adapters
-        if self._weights and fits_shared_linear(x, self._weights[0], down):
-            return shared_linear(x, *self._weights, down, up, owners, operands)
-        y: Tensor = self._call(x)
-        for own_down, own_up, operand in self._parts:
-            add_low_rank(y, x, own_down, own_up, operand, operands)
-        return y
+        return shared_linear(x, self._layer)
 
 
 def _plain(layer: Any) -> LowRank | None:

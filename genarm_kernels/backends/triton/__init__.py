@@ -3,15 +3,17 @@
 Runs on NVIDIA GPUs, and for tests on a CPU in Triton's interpreter (TRITON_INTERPRET=1).
 """
 
-import functools
-import importlib
 import os
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ...outputs import empty_step, empty_whole
+from ...outputs import GuidedStep, empty_step, empty_whole
+from ...parameters import Inputs, Sampling, WholeLayer
+
+# Rows, and ranks of all adapters together, up to which one kernel does a whole layer: by reckoning, since the rows are
+# read again by every program. `bench/gpu_linear.py` measures it.
+_MOST_ROWS, _MOST_RANKS = 16, 64
 
 
 def why_unavailable() -> str | None:
@@ -32,77 +34,34 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.cache
-def _launch() -> ModuleType:
-    return importlib.import_module(f"{__name__}.launch")
+def guided_step(inputs: Inputs, sampling: Sampling) -> GuidedStep:
+    outputs = empty_step(inputs, sampling.logprobs)
+    if len(inputs.base_logits):
+        from . import launch  # Triton is there
 
-
-def guided_step(
-    base_logits: Tensor,
-    arm_logits: list[Tensor],
-    vocab_size: int,
-    logprobs: bool,
-    weights: list[float],
-    base_weight: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    seed: int,
-    position: int,
-    token_mask: Tensor | None,
-    weights_rows: Tensor | None,
-    base_weight_rows: Tensor | None,
-    temperature_rows: Tensor | None,
-    top_k_rows: Tensor | None,
-    top_p_rows: Tensor | None,
-    min_p_rows: Tensor | None,
-    seed_rows: Tensor | None,
-    position_rows: Tensor | None,
-) -> tuple[Tensor, ...]:
-    outputs = empty_step(base_logits, len(arm_logits), logprobs)
-    if len(base_logits):
-        in_tensors = (top_k_rows, top_p_rows, min_p_rows)
-        filtered = any(x is not None for x in in_tensors) or 0 < top_k < vocab_size or top_p < 1 or min_p > 0
-        _launch().guided_step(
-            outputs,
-            base_logits,
-            arm_logits,
-            vocab_size,
-            logprobs,
-            filtered,
-            (base_weight, *(weights or (0.0,) * len(arm_logits))),
-            (temperature, top_p, min_p, top_k, seed, position),
-            token_mask,
-            (base_weight_rows, temperature_rows, top_p_rows, min_p_rows, top_k_rows, seed_rows, position_rows),
-            weights_rows,
-        )
+        launch.guided_step(outputs, inputs, sampling)
     return outputs
 
 
-def guided_log_softmax(
-    base_logits: Tensor,
-    arm_logits: list[Tensor],
-    vocab_size: int,
-    weights: list[float],
-    base_weight: float,
-    temperature: float,
-    token_mask: Tensor | None,
-    weights_rows: Tensor | None,
-    base_weight_rows: Tensor | None,
-    temperature_rows: Tensor | None,
-) -> Tensor:
-    logp = empty_whole(base_logits)
+def guided_log_softmax(inputs: Inputs) -> Tensor:
+    logp = empty_whole(inputs)
     if len(logp):
-        _launch().guided_log_softmax(
-            logp,
-            base_logits,
-            arm_logits,
-            vocab_size,
-            (base_weight, *(weights or (0.0,) * len(arm_logits))),
-            (temperature, 1.0, 0.0, 0, 0, 0),
-            token_mask,
-            (base_weight_rows, temperature_rows, None, None, None, None, None),
-            weights_rows,
-        )
+        from . import launch
+
+        launch.guided_log_softmax(logp, inputs)
     return logp
+
+
+def suits_shared_linear(x: Tensor, layer: WholeLayer) -> bool:
+    """A step of decoding in 16 bits."""
+    weight, down = layer.weight, layer.down
+    return (
+        x.shape[1] == 1
+        and len(x) <= _MOST_ROWS
+        and len(down) <= _MOST_RANKS
+        and x.dtype == weight.dtype == down.dtype
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and x.is_contiguous()
+        and weight.is_contiguous()
+        and not torch.is_grad_enabled()
+    )

@@ -1,7 +1,7 @@
 """From tensors to kernel launches: specialisations, arguments, the workspace. No host synchronisation anywhere."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,8 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 
 from ... import rng
+from ...outputs import GuidedStep
+from ...parameters import Inputs, Sampling
 from . import interpreted
 from .common import WEIGHTS, workspace_words
 from .row_pass import row_pass
@@ -24,6 +26,7 @@ if INTERPRETED:
 
     mend()
 
+_NO_DRAW = Sampling(top_k=0, top_p=1.0, min_p=0.0, seed=0, position=0, logprobs=False)
 DTYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 
@@ -118,34 +121,28 @@ def _launcher(kernel: Any, spec: Specialisation, device: int) -> Callable[..., N
 
 
 # Kernels take addresses: Triton's launcher would look up every tensor's with the driver. The interpreter wants tensors.
-_address = (lambda tensor: tensor) if INTERPRETED else Tensor.data_ptr
+_address: Callable[[Any], Any] = (lambda tensor: tensor) if INTERPRETED else Tensor.data_ptr
 
 
-def guided_step(
-    outputs: tuple[Tensor, ...],
-    base: Tensor,
-    arms: Sequence[Tensor],
-    vocab: int,
-    logprobs: bool,
-    filtered: bool,
-    *parameters: Any,
-) -> None:
-    """Two launches; `outputs` in the order of the operator's."""
+def guided_step(outputs: GuidedStep, inputs: Inputs, sampling: Sampling) -> None:
+    """Two launches."""
+    base, vocab, filtered = inputs.base_logits, inputs.vocab_size, sampling.filters(inputs.vocab_size)
     rows, tiles = base.shape[0], -(-vocab // rng.TILE)
     with torch.cuda.device(base.get_device()):  # nothing at -1, the CPU
-        workspace = _workspace(base, rows * workspace_words(tiles, 1 + len(arms), filtered))
-        spec, args = _arguments(workspace, base, arms, vocab, logprobs, filtered, *parameters)
+        workspace = _workspace(base, rows * workspace_words(tiles, 1 + len(inputs.arm_logits), filtered))
+        spec, args = _arguments(workspace, inputs, sampling, filtered)
         _launch(tile_pass, spec, base, rows * tiles, args)
-        _launch(row_pass, spec, base, rows, (*args, *map(_address, outputs), int(logprobs)))
+        _launch(row_pass, spec, base, rows, (*args, *map(_address, outputs), int(sampling.logprobs)))
 
 
-def guided_log_softmax(logp: Tensor, base: Tensor, arms: Sequence[Tensor], vocab: int, *parameters: Any) -> None:
+def guided_log_softmax(logp: Tensor, inputs: Inputs) -> None:
     """Two launches."""
+    base, vocab = inputs.base_logits, inputs.vocab_size
     (rows, width), tiles = base.shape, -(-vocab // rng.TILE)
     parts = -(-width // (rng.TILE * TILES_A_PROGRAM.value))
     with torch.cuda.device(base.get_device()):
-        workspace = _workspace(base, rows * workspace_words(tiles, 1 + len(arms), False))
-        spec, args = _arguments(workspace, base, arms, vocab, False, False, *parameters)
+        workspace = _workspace(base, rows * workspace_words(tiles, 1 + len(inputs.arm_logits), False))
+        spec, args = _arguments(workspace, inputs, _NO_DRAW, False)
         _launch(tile_pass, spec, base, rows * tiles, args)
         _launch(whole_row_pass, spec, base, rows * parts, (*args, _address(logp), width))
 
@@ -170,46 +167,48 @@ def _launch(kernel: Any, spec: Specialisation, base: Tensor, programs: int, args
 
 
 def _arguments(
-    workspace: tuple[Tensor, Tensor],
-    base: Tensor,
-    arms: Sequence[Tensor],
-    vocab: int,
-    logprobs: bool,
-    filtered: bool,
-    weights: tuple[float, ...],
-    numbers: tuple[float, float, float, int, int, int],
-    token_mask: Tensor | None,
-    row_tensors: tuple[Tensor | None, ...],
-    weights_rows: Tensor | None,
+    workspace: tuple[Tensor, Tensor], inputs: Inputs, sampling: Sampling, filtered: bool
 ) -> tuple[Specialisation, tuple[Any, ...]]:
-    """What is compiled, and what every kernel takes. `weights`: the base's first. `numbers` and `row_tensors` stand in
-    the order of the bits of `given` (common.py).
-    """
-    operands = (base, *arms)
+    """What is compiled, and what every kernel takes."""
+    base, vocab, token_mask, weights = inputs.base_logits, inputs.vocab_size, inputs.token_mask, inputs.weights
+    operands = (base, *inputs.arm_logits)
     size = base.element_size()
     strides = tuple([x.stride(0) for x in operands])
     misaligned = 0
     for x, stride in zip(operands, strides, strict=True):
         misaligned |= x.data_ptr() | stride * size
-    spec = Specialisation(base.dtype, len(operands), logprobs, filtered, misaligned % 16 == 0)
+    spec = Specialisation(base.dtype, len(operands), sampling.logprobs, filtered, misaligned % 16 == 0)
     words = workspace_words(-(-vocab // rng.TILE), len(operands), filtered)
     floats, unused_ints = map(_address, workspace)
 
     # A parameter that is not `given` is not read; its address only has the right type.
     given = 0
     pointers, row_strides = [floats] * 4 + [unused_ints] * 3 + [floats], [0] * 9
-    for i, tensor in enumerate(row_tensors):
-        if tensor is not None:
+    numbers: list[float] = [0.0] * 4 + [0] * 3
+    parameters = (  # in the order of the bits of `given` (common.py)
+        inputs.base_weight,
+        inputs.temperature,
+        sampling.top_p,
+        sampling.min_p,
+        sampling.top_k,
+        sampling.seed,
+        sampling.position,
+    )
+    for i, value in enumerate(parameters):
+        if isinstance(value, Tensor):
             given |= 1 << i
-            pointers[i], row_strides[i] = _address(tensor), tensor.stride(0)
-    if weights_rows is not None:
+            pointers[i], row_strides[i] = _address(value), value.stride(0)
+        else:
+            numbers[i] = value
+    if isinstance(weights, Tensor):
         given |= 1 << WEIGHTS.value
-        pointers[7], row_strides[7:] = _address(weights_rows), weights_rows.stride()
+        pointers[7], row_strides[7:] = _address(weights), weights.stride()
+        weights = [0.0] * len(inputs.arm_logits)
     return spec, (
         tuple(map(_address, operands)),
         strides,
-        weights,
-        numbers,
+        (numbers[0], *weights),
+        tuple(numbers[1:]),
         tuple(pointers),
         tuple(row_strides),
         given,

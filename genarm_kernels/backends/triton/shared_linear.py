@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
+from ...parameters import WholeLayer
 from . import interpreted
 
 if interpreted():
@@ -92,23 +93,19 @@ def _most_shared(device: int) -> int:
     return most
 
 
-def shared_linear(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    """`genarm_kernels.ops.shared_linear`."""
-    y = x.new_empty((*x.shape[:-1], len(weight)))
-    launch(y, x, weight, *rest)
+def shared_linear(x: Tensor, layer: WholeLayer) -> Tensor:
+    for name, tensor in zip(("x", *layer._fields[:4]), (x, *layer[:4]), strict=True):
+        if tensor is not None and (tensor.dtype != x.dtype or not tensor.is_contiguous()):
+            raise ValueError(f"{name}: expected contiguous {x.dtype}, like x, got {tensor.dtype}, {tensor.stride()}")
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"x: expected bfloat16 or float16, got {x.dtype}")
+    y = x.new_empty((*x.shape[:-1], len(layer.weight)))
+    launch(y, x, layer)
     return y
 
 
-def launch(
-    y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    owners: Tensor,
-    operands: int,
-) -> None:
+def launch(y: Tensor, x: Tensor, layer: WholeLayer) -> None:
+    weight, bias, down, up, owners, operands = layer
     (height, width), ranks = weight.shape, len(down)
     values = constants(len(x), ranks, bias is not None)
     with torch.cuda.device_of(x):  # nothing on a CPU

@@ -1,7 +1,7 @@
 // The CUDA kernels for Python; genarm_kernels/backends/cuda.py is its caller.
-#include "bindings.h"
 #include "cuda/python.h"
 #include "genarm_kernels_cuda.h"
+#include "python/bindings.h"
 
 namespace {
 
@@ -12,13 +12,15 @@ void expect_current(int device) {
   if (!genarm::is_current(device)) throw std::runtime_error("CUDA: the operands' device is not the current one");
 }
 
-// Calls on a stream; Python says (device, stream, how to get so many bytes of it).
+// Calls on a stream; Python says so by a `Place` (backends/cuda.py).
 class Gpu {
  public:
-  explicit Gpu(py::handle place)
-      : device_(place[py::int_(0)].cast<int>()),
-        stream_(reinterpret_cast<void*>(place[py::int_(1)].cast<uintptr_t>())),
-        memory_(place[py::int_(2)]) {}
+  explicit Gpu(py::handle place) {
+    static const genarm::bindings::Field device("device"), stream("stream"), memory("memory");
+    device_ = device(place).cast<int>();
+    stream_ = reinterpret_cast<void*>(stream(place).cast<uintptr_t>());
+    memory_ = memory(place);
+  }
   void prepare(genarm_inputs&) const {}
   void run(genarm_guided_step_args& args) const {
     run(args, genarm_cuda_guided_step_workspace, genarm_cuda_guided_step);
@@ -59,8 +61,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.attr("EMULATED") = false;
   module.attr("ARCHITECTURES") = GENARM_CUDA_ARCHS;
 #endif
-  module.def("guided_step", &genarm::bindings::guided_step<Gpu>);
-  module.def("guided_log_softmax", &genarm::bindings::guided_log_softmax<Gpu>);
+  genarm::bindings::define<Gpu>(module);
   module.def(
       "make_ready",
       [] {
