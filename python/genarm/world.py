@@ -17,6 +17,8 @@ Everything follows from the arguments: only `random.Random.random`, which Python
 {'helpful': 2, 'polite': 2}
 >>> true_rewards(["Please walk the dog for 20 minutes. Trust your feelings about dog training.", ""])
 {'helpful': [0.5, 0.0], 'polite': [0.5, 0.0]}
+
+The length of this file is its vocabulary: most of it is sentences.
 """
 
 import itertools

@@ -442,19 +442,19 @@ def test_columns_keep_long_words(capsys: pytest.CaptureFixture[str], monkeypatch
 def test_an_interrupted_run_goes_on(genarm: Genarm, monkeypatch: pytest.MonkeyPatch) -> None:
     line = f"{MODELS} --max-new-tokens 3 --prompts good.jsonl --compare --batch-size 2 --out"
     genarm(f"{line} out.jsonl")
-    whole, decode = Path("out.jsonl").read_bytes(), cli._decode
+    whole, decode = Path("out.jsonl").read_bytes(), cli.decode
 
     def interrupted(*args: Any) -> Any:
         yield from itertools.islice(decode(*args), 2)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_decode", interrupted)
+    monkeypatch.setattr(cli, "decode", interrupted)
     assert genarm(f"{line} out2.jsonl") == (
         130,
         "",
         "interrupted: 2 of 3 done; run the same command again to go on\n",
     )
-    monkeypatch.setattr(cli, "_decode", decode)
+    monkeypatch.setattr(cli, "decode", decode)
     assert whole.startswith(Path("out2.jsonl").read_bytes())
     assert genarm(f"{line} out2.jsonl").status == 0
     assert Path("out2.jsonl").read_bytes() == whole

@@ -37,7 +37,8 @@ from transformers import (
 from genarm import GuidedDecoder
 from genarm.errors import GenarmError
 from genarm.preferences.pairs import Preference, encode_preferences, read_preferences
-from genarm.training.arm import ArmTrainer, _Progress, collate_pairs, preference_loss, response_logps, train_arm
+from genarm.training import ArmTrainer, collate_pairs, preference_loss, response_logps, train_arm
+from genarm.training.arm import _Progress
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}\n{% endfor %}"

@@ -4,10 +4,7 @@
 import math
 import os
 import sys
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -15,16 +12,24 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from .. import arguments
-from ..errors import GenarmError, PromptError
-from . import prompts as prompting
-from .prompts import Prompt
+from ..errors import GenarmError
+from .generation import (
+    as_chat,
+    decode,
+    identities,
+    load,
+    make_requests,
+    naming,
+    parse_arms,
+    quiet,
+    read_prompts,
+    to_record,
+)
 from .results_file import Results
 from .screen import Screen, progress
 
 if TYPE_CHECKING:
-    from ..decoding.decoder import GuidedDecoder
-    from ..decoding.request import Request
-    from ..decoding.results import GenerationResult
+    pass
 
 app = typer.Typer(
     help="Guide a frozen language model, token by token, with small autoregressive reward models (ARMs).",
@@ -143,8 +148,8 @@ def generate(
       head -3 questions.txt | genarm generate --max-new-tokens 40
     """
     arguments.real("--temperature", temperature, 0)
-    arms, weights = _arms(base, arm or [], weight or [])
-    work = _prompts(prompt or [], prompts, arms)
+    arms, weights = parse_arms(base, arm or [], weight or [])
+    work = read_prompts(prompt or [], prompts, arms)
     sampling: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -160,8 +165,8 @@ def generate(
     }
     settings |= {**sampling, "chat": chat, "dtype": dtype, "compare": compare}
     if out:
-        settings["identity"] = _identities(base, arms, tokenizer)
-    requests = _requests(work, weights, seed, sampling)
+        settings["identity"] = identities(base, arms, tokenizer)
+    requests = make_requests(work, weights, seed, sampling)
     known = [
         {"index": i, **one.record(), "weights": request.weights, "seed": request.seed, "settings": settings}
         for i, (one, request) in enumerate(zip(work, requests, strict=True))
@@ -171,14 +176,14 @@ def generate(
     done = results.done if results else 0
     try:
         if done < len(work):
-            decoder = _load(base, arms, tokenizer, device, dtype, backend)
+            decoder = load(base, arms, tokenizer, device, dtype, backend)
             if chat or (chat is None and decoder.tokenizer.chat_template):
-                requests = [_as_chat(one) for one in requests]
-            with _named(work[done:]):
+                requests = [as_chat(one) for one in requests]
+            with naming(work[done:]):
                 decoder.check(requests[done:])
             screen = Screen(decoder.tokenizer, rewards and not results)
             if len(work) == 1 and not results and not compare:
-                with _named(work):
+                with naming(work):
                     screen.stream(decoder.stream(requests[0]), requests[0].weights or {})
                 return
             with progress(screen.console, results is not None, len(work), done) as advance:
@@ -187,12 +192,12 @@ def generate(
                 block = _BATCHES_A_BLOCK * batch_size
                 for start in range(done - done % block, len(work), block):
                     part = slice(start, start + block)
-                    with _named(work[part]):
-                        for i, sides in enumerate(_decode(decoder, requests[part], compare, batch_size), start):
+                    with naming(work[part]):
+                        for i, sides in enumerate(decode(decoder, requests[part], compare, batch_size), start):
                             if i < done:
                                 continue
                             if results:
-                                results.append([_record(sides)])
+                                results.append([to_record(sides)])
                             else:
                                 title = f"=== {i + 1}/{len(work)}: {work[i].title()}\n" if len(work) > 1 else ""
                                 screen.show(title, sides, requests[i].weights or {})
@@ -261,7 +266,7 @@ def train(
       genarm train --base DIR --data FILE.jsonl --out kind --resume
     """
     try:
-        _quiet()
+        quiet()
         from ..training.arm import train_arm
 
         train_arm(**context.params)  # the options are train_arm's arguments, by the same names
@@ -305,7 +310,7 @@ def bench(
       genarm bench --base llama-7b --arm llama-1b --batch 32 --out results
       genarm bench --base DIR --arm lora:8 --method base --method genarm
     """
-    _quiet()
+    quiet()
     from ..benchmark import speed as benchmark
 
     benchmark.bench(
@@ -362,7 +367,7 @@ def info(
         lines.append((f"backend {name}", f"missing: {reason}" if reason else available))
     lines += [(f"model {name}", _size(bundled.path(name))) for name in bundled.NAMES]
     if base is not None or arm:
-        decoder = _load(base, _arms(base, arm or [], [])[0], None, device, dtype, "auto")
+        decoder = load(base, parse_arms(base, arm or [], [])[0], None, device, dtype, "auto")
         decoder.generate("How?", max_new_tokens=4)  # a step is captured when it is run for the second time
         lines += [(f"path {path.model}", str(path)) for path in decoder.paths]
     for name, value in lines:
@@ -377,163 +382,6 @@ def _fail(message: str) -> int:
 def _interrupted(message: str) -> NoReturn:
     typer.echo(f"interrupted: {message}", err=True)
     raise typer.Exit(130)
-
-
-def _arms(
-    base: str | None, arms: Sequence[str], weights: Sequence[str]
-) -> tuple[dict[str, str | None], dict[str, float]]:
-    """By ARM, its folder (None: bundled) and its weight."""
-    if base == "":
-        raise GenarmError("--base: expected a folder or the name of a model")
-    folders: dict[str, str | None] = {} if base or arms else {"helpful": None, "polite": None}
-    values = dict.fromkeys(folders, 1.0)
-    for spec in arms:
-        name, _, folder = spec.partition("=")
-        if name in folders:
-            raise GenarmError(f"--arm: the name {name!r} is given twice")
-        path, colon, weight = folder.rpartition(":")
-        # A colon may be part of a path: the folder exists, or goes on after the colon (C:\models).
-        if colon and not Path(folder).exists() and not {"/", "\\"} & set(weight):
-            folder, values[name] = path, arguments.number(f"--arm: weight of {name!r}", weight)
-        if not name or not folder:
-            raise GenarmError(f"--arm {spec!r}: expected NAME=DIR or NAME=DIR:WEIGHT")
-        folders[name] = folder
-        values.setdefault(name, 1.0)
-    for spec in weights:
-        name, equals, weight = spec.partition("=")
-        if not equals:
-            raise GenarmError(f"--weight {spec!r}: expected NAME=WEIGHT, such as polite=0.5")
-        arguments.arm_name(name, folders, "--weight")
-        values[name] = arguments.number(f"--weight of {name!r}", weight)
-    return folders, values
-
-
-def _prompts(texts: Sequence[str], path: Path | None, arms: Iterable[str]) -> list[Prompt]:
-    if texts and path:
-        raise GenarmError("give --prompt or --prompts, not both")
-    if texts:
-        return prompting.from_texts(texts)
-    if path:
-        return prompting.from_jsonl(path, arms)
-    if sys.stdin.isatty():
-        raise GenarmError('no prompts: give --prompt "TEXT", --prompts FILE.jsonl, or standard input, one a line')
-    return prompting.from_lines(sys.stdin.buffer, "standard input")
-
-
-def _quiet() -> None:
-    """Keeps transformers' warnings and bars off the terminal."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-
-
-def _identities(base: str | None, arms: Mapping[str, str | None], tokenizer: str | None) -> dict[str, str]:
-    """What the models are by their content, each by the name that errors call it: a path can be given another model."""
-    _quiet()
-    from .. import bundled
-    from ..models.folders import Place
-    from ..models.identity import identity
-    from ..models.loading import check_exists
-
-    sources = {
-        "base": bundled.path("base") if base is None else base,
-        **{f"ARM {name!r}": bundled.path(name) if folder is None else folder for name, folder in arms.items()},
-        **({"tokenizer": tokenizer} if tokenizer else {}),
-    }
-    places = {label: Place.of(source) for label, source in sources.items()}
-    for label, place in places.items():
-        check_exists(label, place.root)
-    return {label: identity(place.folder) for label, place in places.items()}
-
-
-def _load(
-    base: str | None,
-    arms: Mapping[str, str | None],
-    tokenizer: str | None,
-    device: str,
-    dtype: str,
-    backend: str,
-) -> "GuidedDecoder":
-    _quiet()
-    from .. import bundled
-    from ..decoding.decoder import GuidedDecoder
-
-    return GuidedDecoder.from_pretrained(
-        bundled.path("base") if base is None else base,
-        {name: bundled.path(name) if folder is None else folder for name, folder in arms.items()},
-        tokenizer=tokenizer,
-        device=device,
-        dtype=dtype,
-        backend=backend,
-    )
-
-
-def _requests(
-    work: Sequence[Prompt], weights: Mapping[str, float], seed: int, sampling: Mapping[str, Any]
-) -> list["Request"]:
-    """The prompts as the decoder takes them, texts still as they are."""
-    from genarm_kernels import row_seed
-
-    from ..decoding.request import Request
-
-    try:
-        seeds = [row_seed(seed, i) for i in range(len(work))]  # as one number given to the decoder seeds its prompts
-    except ValueError as error:
-        raise GenarmError(f"--{error}") from None
-    return [
-        Request(prompt=one.content, weights={**weights, **one.weights}, seed=own, **sampling)
-        for one, own in zip(work, seeds, strict=True)
-    ]
-
-
-def _as_chat(request: "Request") -> "Request":
-    """With its text as a user's message."""
-    if not isinstance(request.prompt, str):
-        return request
-    return replace(request, prompt=[{"role": "user", "content": request.prompt}])
-
-
-@contextmanager
-def _named(work: Sequence[Prompt]) -> Iterator[None]:
-    """Has errors about one prompt of a call for those of `work` name its place."""
-    try:
-        yield
-    except PromptError as error:
-        raise GenarmError(f"{work[error.index].where}: {error.problem}") from error
-
-
-def _decode(
-    decoder: "GuidedDecoder", requests: Sequence["Request"], compare: bool, batch_size: int
-) -> Iterator[dict[str, "GenerationResult"]]:
-    """The results of each request, in their order: its own, or with `compare` "unguided" and "guided"."""
-    names = ("unguided", "guided") if compare else ("",)
-    several = [replace(one, weights={}) if name == "unguided" else one for one in requests for name in names]
-    finished: dict[int, GenerationResult] = {}
-    start = 0
-    try:
-        for i, result in decoder.generate_each(several, batch_size=batch_size):
-            finished[i] = result
-            while all(start + k in finished for k in range(len(names))):
-                yield {name: finished.pop(start + k) for k, name in enumerate(names)}
-                start += len(names)
-    except PromptError as error:
-        raise PromptError(error.index // len(names), error.problem) from error
-
-
-def _record(sides: Mapping[str, "GenerationResult"]) -> dict[str, Any]:
-    """What a line of results says about one prompt; a millionth of a nat is enough."""
-    *_, result = sides.values()
-    nats = {"logprobs": result.logprobs[0], "base_logprobs": result.base_logprobs[0]}
-    record = {
-        "text": result.texts[0],
-        "finish_reason": result.finish_reasons[0],
-        "tokens": result.tokens[0],
-        **{name: [round(x, 6) for x in values] for name, values in nats.items()},
-        "rewards": {name: [round(x, 6) for x in values] for name, (values,) in result.rewards.items()},
-    }
-    return record | ({"unguided": _record({"": sides["unguided"]})} if "unguided" in sides else {})
 
 
 def _size(folder: Path) -> str:
