@@ -39,7 +39,7 @@ def why_unavailable(name: str) -> str | None:
 
 def interpreted(name: str) -> bool:
     """Whether a CPU stands in for the GPU that the backend is for, in a test."""
-    return name in ("triton", "cuda") and bool(importlib.import_module(f"{__name__}.{name}").interpreted())
+    return _DEVICES.get(name) == ("cuda",) and bool(importlib.import_module(f"{__name__}.{name}").interpreted())
 
 
 def available_backends() -> tuple[str, ...]:
