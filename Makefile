@@ -59,12 +59,15 @@ LOCK = $(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version
 	--custom-compile-command 'make lock' --constraint requirements/torch.txt --no-emit-package torch
 
 INSTALL = $(@D)/bin/python -m pip install --quiet --disable-pip-version-check
+LOCKED = --no-deps --only-binary :all: --require-hashes
 
-# uv installs in seconds what pip takes minutes for; torch by pip, which knows where a machine keeps its own build.
+# uv installs in seconds what pip takes minutes for. Pip does what uv cannot: torch, of which a machine may keep a build
+# of its own, and everything where pip's configuration alone says how packages are reached.
 $(VENVS:=/locked): .%/locked: requirements/%.txt requirements/torch.txt
 	$(PYTHON) -m venv --clear $(@D)
-	$(INSTALL) $$(sed -n 's/^\(uv==[^ ]*\).*/\1/p' $<)
-	$(@D)/bin/uv pip install --quiet --python $(@D) --no-deps --only-binary :all: --require-hashes --requirement $<
+	sed -n '/^uv==/,/[^\\]$$/p' $< >$(@D)/uv.txt
+	$(INSTALL) $(LOCKED) --requirement $(@D)/uv.txt
+	$(@D)/bin/uv pip install --quiet --python $(@D) $(LOCKED) --requirement $< || $(INSTALL) $(LOCKED) --requirement $<
 	$(INSTALL) --requirement requirements/torch.txt
 	touch $@
 

@@ -20,13 +20,12 @@ SOURCES = ["python/cpu.cpp", *(f"cpu/{name}.cpp" for name in ("operations", "isa
 SOURCES += [f"cpu/{isa}.cpp" for isa in ("portable", "avx2", "avx512")]
 # By part, what its sources include: an edit builds only the parts that it concerns.
 HEADERS = {
-    part: [
-        str(path)
-        for folder in ("include", "common", "python", part)
-        for path in sorted(Path("csrc", folder).glob("*.[hi]*"))
-    ]
+    part: [str(path) for folder in ("include", "common", part) for path in sorted(Path("csrc", folder).glob("*.[hi]*"))]
     for part in ("cpu", "cuda")
 }
+for headers in HEADERS.values():
+    headers.append("csrc/python/bindings.h")
+HEADERS["cpu"].append("csrc/python/torch_threads.h")
 NAMES = {"cpu": "CPU core", "cuda": "CUDA kernels"}
 CUDA_ARCHS = os.environ.get("GENARM_CUDA_ARCHS", "80;90;100").replace(",", ";")
 

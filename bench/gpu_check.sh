@@ -18,7 +18,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-export PYTHONPATH=".:python:tests${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH=".:python${PYTHONPATH:+:$PYTHONPATH}"
 unset TRITON_INTERPRET
 device=$($PYTHON -c '
 import torch

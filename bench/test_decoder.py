@@ -10,13 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from genarm import GuidedDecoder, bundled, world
+from genarm import GuidedDecoder, Request, bundled, world
 from genarm.decoding.engine import Begin
 from genarm.decoding.scheduler import Row
 from genarm.text import TextStream
 
 BATCHES = (1, 8)
-_PARAMETERS = {"temperature": 0.7, "top_k": 0, "top_p": 0.9, "min_p": 0.0}
 _LENGTH = 512
 
 
@@ -35,12 +34,16 @@ def decoder():
     return decoder
 
 
+def request(limit, seed):
+    return Request(prompt="", max_new_tokens=limit, seed=seed, temperature=0.7, top_p=0.9)
+
+
 def begun(decoder, batch):
     """An engine with `batch` rows that have begun."""
     engine, _ = decoder._provider.take(batch, _LENGTH, batch)
-    engine.reset(_PARAMETERS)
+    engine.reset({"temperature": 0.7, "top_k": 0, "top_p": 0.9, "min_p": 0.0})
     prompts = [decoder.tokenizer(text)["input_ids"] for text in world.sample_prompts(batch, seed=1)]
-    rows = [Begin([ids, ids], 0, _LENGTH - len(ids), b, [1.0], _PARAMETERS) for b, ids in enumerate(prompts)]
+    rows = [Begin(request(_LENGTH - len(ids), b), [ids, ids], 0, [1.0]) for b, ids in enumerate(prompts)]
     return engine, rows, engine.begin(range(batch), rows)
 
 
@@ -70,10 +73,8 @@ def test_draw(benchmark, decoder, batch):
 def test_read_and_record(benchmark, decoder, batch):
     """What the host does with the tokens of a step."""
     _, _, drawn = begun(decoder, batch)
-    rows = [
-        Row(b, [[0], [0]], 10**9, 0, [1.0], _PARAMETERS, TextStream(decoder.tokenizer, [0]), False, {"helpful": []})
-        for b in range(batch)
-    ]
+    text = TextStream(decoder.tokenizer, [0])
+    rows = [Row(b, request(10**9, 0), [[0], [0]], [1.0], text, False, {"helpful": []}) for b in range(batch)]
 
     def record():
         for row, ((token, _), (logprob, base_logprob, *rewards)) in zip(rows, drawn.read(), strict=True):

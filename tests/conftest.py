@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import pytest
 import torch
+
 from simt import steps
 
 if not torch.cuda.is_available():
@@ -52,10 +53,14 @@ def stand_in(item: pytest.Item) -> str | None:
     return str(backend) if found else None
 
 
+def wants_slow(config: pytest.Config) -> bool:
+    return "slow" in config.option.markexpr.replace("not slow", "")
+
+
 @pytest.hookimpl(tryfirst=True)  # before the markers choose
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where a CPU stands in for a GPU, a test runs with the first and the last of its parameters alone; with all of
-    them by `make test-slow`.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where a CPU stands in for a GPU, `make test` runs a test with the first and the last of its parameters alone.
+    `make test-slow`, which asks for the marker, runs it with all of them.
     """
     skip = pytest.mark.skip(reason="too many elements for a CPU that stands in for a GPU")
     of_test: dict[tuple[str, str], list[pytest.Item]] = {}
@@ -65,8 +70,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(skip)
             else:
                 of_test.setdefault((item.nodeid.partition("[")[0], backend), []).append(item)
-    for _, *middle, _ in (group for group in of_test.values() if len(group) > 2):
-        for item in middle:
+    for group in of_test.values():
+        for item in group if wants_slow(config) else group[1:-1]:
             item.add_marker(pytest.mark.slow)
 
 
@@ -75,7 +80,7 @@ def few(request: pytest.FixtureRequest) -> Callable[[Sequence[T], int], Sequence
     """few(cases, n): all the cases, but where a CPU stands in for a GPU n of them, spread evenly, unless by
     `make test-slow`.
     """
-    every = stand_in(request.node) is None or "slow" in request.config.option.markexpr.replace("not slow", "")
+    every = stand_in(request.node) is None or wants_slow(request.config)
 
     def few(cases: Sequence[T], n: int) -> Sequence[T]:
         if every or n >= len(cases):

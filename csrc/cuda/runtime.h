@@ -1,4 +1,4 @@
-// The host's side of the machine: the device, and launches. Without nvcc the emulation stands in (tests/simt).
+// The host's side of the machine: the device, and launches. Without nvcc the emulation stands in (tests/backends/simt).
 #ifndef GENARM_CUDA_RUNTIME_H_
 #define GENARM_CUDA_RUNTIME_H_
 

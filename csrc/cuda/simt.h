@@ -1,4 +1,4 @@
-// What the kernels use of the machine, by CUDA's own names. Without nvcc an emulation stands in (tests/simt).
+// What the kernels use of the machine, by CUDA's own names. Without nvcc an emulation stands in (tests/backends/simt).
 #ifndef GENARM_CUDA_SIMT_H_
 #define GENARM_CUDA_SIMT_H_
 

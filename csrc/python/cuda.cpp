@@ -55,7 +55,7 @@ class Gpu {
 PYBIND11_MODULE(_cuda, module) {
   module.doc() = "The CUDA kernels; genarm_kernels/backends/cuda.py is their caller.";
 #if defined(GENARM_EMULATED)
-  module.attr("EMULATED") = true;  // tests/simt: tensors are the CPU's
+  module.attr("EMULATED") = true;  // tests/backends/simt: tensors are the CPU's
   module.attr("ARCHITECTURES") = "";
 #else
   module.attr("EMULATED") = false;

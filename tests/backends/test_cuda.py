@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pybind11
 import pytest
-from engines import CASES, arguments, expected, tokens
 
+from engines import CASES, arguments, expected, tokens
 from genarm_kernels import backends
 from genarm_kernels.backends import cuda
 
@@ -100,12 +100,14 @@ def thread(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
 
 
 @needs_compiler
-def test_contract(address: Emulation) -> None:
+@pytest.mark.parametrize("marker, least", [("not slow", 240), pytest.param("slow", 400, marks=pytest.mark.slow)])
+def test_contract(address: Emulation, marker: str, least: int) -> None:
     """The contract's tests, on the CUDA kernels' own sources, under AddressSanitizer."""
-    done = address.run("-m", "pytest", "-q", "-k", "cuda", "-p", "no:cacheprovider", "tests/contract")
+    options = ["-q", "-k", "cuda and not mutation", "-m", f"{marker} and not gpu", "-p", "no:cacheprovider"]
+    done = address.run("-m", "pytest", *options, "tests/contract")
     assert done.returncode == 0, report(done)
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed and int(passed[1]) >= 400, report(done)
+    assert passed and int(passed[1]) >= least, report(done)
 
 
 @needs_compiler

@@ -86,6 +86,23 @@ def test_benchmark_and_its_report(tmp_path, chosen):
     assert 0 < p20 <= median <= p80
 
 
+def test_the_parts_of_the_loop_can_be_timed():
+    """bench/test_decoder.py, each part once."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--benchmark-disable",
+        "bench/test_decoder.py",
+    ]
+    environment = os.environ | {"PYTEST_XDIST_WORKER": ""}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "11 passed" in done.stdout, done.stdout + done.stderr
+
+
 def test_grid_is_the_documented_one():
     cases = {(case, subject) for case, subject in (parameters.values for parameters in suite.grid())}
     full = 4 * 3 * 3 * 4 * 2
@@ -429,11 +446,10 @@ def test_profiler_s_events_become_intervals(tmp_path, monkeypatch):
 
 def test_decoder_profile_without_a_gpu(tmp_path, monkeypatch, capsys):
     """From arguments to the file and the table, on tiny models; what the profiler would record is made up."""
-    from test_benchmark import TINY
-
     from bench import decoder_profile
     from genarm.benchmark import speed as benchmark
     from genarm.decoding import checks
+    from test_benchmark import TINY
 
     command = ["decoder_profile", "--base", "tiny", "--arm", "tiny", "--batch", "2", "--method", "genarm"]
     monkeypatch.setattr("sys.argv", [*command, "--method", "base", "--steps", "1", "--out", str(tmp_path)])

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_decoder import byte_tokenizer, make_model
 from transformers import LlamaForCausalLM
 
 from genarm import GenarmError, GuidedDecoder
@@ -16,6 +15,7 @@ from genarm.benchmark import machine, naive
 from genarm.benchmark import speed as benchmark
 from genarm.decoding import checks
 from genarm.decoding.engine import Engine
+from test_decoder import byte_tokenizer, make_model
 
 TINY = {"model_type": "llama", "vocab_size": 300, **benchmark._sizes(32, 64, 2, 2)}
 ON_A_CPU = ["transformers", "naive", "base", "genarm", "no-graph", "no-streams", "neither", "separate"]

@@ -168,6 +168,7 @@ ERRORS = {
     "generate --arm helpful=:2 --prompt x": "--arm 'helpful=:2': expected NAME=DIR or NAME=DIR:WEIGHT",
     f"{MODELS} --weight kind=1e39 --prompt x": "--weight of 'kind': expected a finite number, got 1e+39",
     f"{BASE} --arm kind=kind:1e39 --prompt x": "--arm: weight of 'kind': expected a finite number, got 1e+39",
+    f"{MODELS} --stop '' --prompt x": "--stop: expected a text that is not empty",
     f"{MODELS} --temperature 1e39 --prompt x": "--temperature: expected a finite number of at least 0, got 1e+39",
     f"{MODELS} --prompts huge.jsonl": "huge.jsonl:1: weight of 'kind': expected a finite number, got 1000",
     f"{MODELS} --prompts list.jsonl": "list.jsonl:1: is not an object",
@@ -427,7 +428,7 @@ def printable(text: str) -> str:
 
 
 def result(text: str) -> GenerationResult:
-    return GenerationResult([text], [[]], [[]], [[]], {}, ["length"], [])
+    return GenerationResult([text], [[]], [[]], [[]], {}, ["length"])
 
 
 def test_columns_keep_long_words(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from rules import BAD_ROW, DRAWN, DTYPES, INF, LOWEST, NAN, NO_ALLOWED_TOKEN, Few, assert_same, bitmask, large
 from torch import Tensor
 
 from genarm_kernels import (
@@ -17,6 +16,7 @@ from genarm_kernels import (
     guided_step,
 )
 from genarm_kernels.testing import make_logits
+from rules import BAD_ROW, DRAWN, DTYPES, INF, LOWEST, NAN, NO_ALLOWED_TOKEN, Few, assert_same, bitmask, large
 
 
 @pytest.mark.parametrize("vocab", [1, 31, 32, 33, *(pytest.param(n, marks=large) for n in (64, 100))])

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from rules import LOWEST, assert_same, bitmask, on_gpu
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -27,6 +26,7 @@ from genarm_kernels import (
 from genarm_kernels.backends import interpreted
 from genarm_kernels.parameters import Inputs, Sampling, flatten, names, take
 from genarm_kernels.testing import make_logits
+from rules import LOWEST, assert_same, bitmask, on_gpu
 
 # --- Callers of every kind --------------------------------------------------------------------------------------------
 

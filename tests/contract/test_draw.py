@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from rules import INF, TILE, assert_same, draw, draws, large, law
 from torch import Tensor
 
 from genarm_kernels import (
@@ -16,6 +15,7 @@ from genarm_kernels import (
     guided_step,
 )
 from genarm_kernels.testing import make_logits, pooled_chi_squared, random_case
+from rules import INF, TILE, assert_same, draw, draws, large, law
 
 # --- Rule 5: a pure function ------------------------------------------------------------------------------------------
 

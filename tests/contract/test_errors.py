@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
-from rules import INF, NAN
 
 from genarm_kernels import (
     available_backends,
@@ -15,6 +14,7 @@ from genarm_kernels import (
     guided_step,
 )
 from genarm_kernels.testing import make_logits
+from rules import INF, NAN
 
 X = torch.zeros(2, 40)
 LONG = torch.zeros(3)

@@ -6,6 +6,13 @@ import itertools
 import pytest
 import torch
 import torch._dynamo.testing
+
+from genarm_kernels import (
+    GuidedStep,
+    guided_log_softmax,
+    guided_step,
+)
+from genarm_kernels.testing import make_logits, random_case
 from rules import (
     BAD_ROW,
     DRAWN,
@@ -21,13 +28,6 @@ from rules import (
     large,
     oracle,
 )
-
-from genarm_kernels import (
-    GuidedStep,
-    guided_log_softmax,
-    guided_step,
-)
-from genarm_kernels.testing import make_logits, random_case
 
 # --- Everything at once -----------------------------------------------------------------------------------------------
 

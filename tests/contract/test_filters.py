@@ -4,13 +4,13 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from rules import INF, Few, assert_same, bitmask
 
 from genarm_kernels import (
     GuidedStep,
     guided_step,
 )
 from genarm_kernels.testing import make_logits
+from rules import INF, Few, assert_same, bitmask
 
 # --- Rule 3: greedy ---------------------------------------------------------------------------------------------------
 

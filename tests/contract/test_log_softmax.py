@@ -4,7 +4,6 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from rules import DTYPES, INF, bitmask, check_whole, oracle
 
 from genarm_kernels import (
     available_backends,
@@ -12,6 +11,7 @@ from genarm_kernels import (
     guided_step,
 )
 from genarm_kernels.testing import make_logits
+from rules import DTYPES, INF, bitmask, check_whole, oracle
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

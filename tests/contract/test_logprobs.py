@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
-from rules import DTYPES, INF, NAN, bitmask, large
 
 from genarm_kernels import (
     GuidedStep,
@@ -15,6 +14,7 @@ from genarm_kernels import (
     guided_step,
 )
 from genarm_kernels.testing import make_logits
+from rules import DTYPES, INF, NAN, bitmask, large
 
 
 @large

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from rules import DTYPES, SEED_STEP, Few, assert_same, check, oracle
 from torch import Tensor
 
 from genarm_kernels import (
@@ -15,6 +14,7 @@ from genarm_kernels import (
     row_seed,
 )
 from genarm_kernels.testing import make_logits
+from rules import DTYPES, SEED_STEP, Few, assert_same, check, oracle
 
 ROW_VALUES = {
     "weights": [0.5, -1.0, 0.0, 2.0],

@@ -1,4 +1,4 @@
-"""The random numbers of the reference; what the other backends draw is compared with it in test_guided_step.py."""
+"""The random numbers of the reference; what the other backends draw is compared with it in test_everything.py."""
 
 from decimal import Decimal, getcontext
 

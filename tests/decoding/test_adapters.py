@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_decoder import byte_tokenizer, make_model
 
 from genarm import GenarmError, GuidedDecoder
 from genarm.decoding import lora
 from genarm.models import adapters, loading
+from test_decoder import byte_tokenizer, make_model
 
 peft = pytest.importorskip("peft")
 

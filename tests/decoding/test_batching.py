@@ -4,7 +4,6 @@ import logging
 
 import pytest
 import torch
-from test_decoder import SMALL, byte_tokenizer, make_model
 
 from genarm import GenarmError, GuidedDecoder, bundled, world
 from genarm.decoding import lora, provision
@@ -14,6 +13,7 @@ from genarm.decoding.forwards import StaticForward
 from genarm.decoding.request import Request
 from genarm.models import loading
 from genarm_kernels.backends import available_backends, interpreted, triton
+from test_decoder import SMALL, byte_tokenizer, make_model
 
 INTERPRETER = "triton" in available_backends() and interpreted("triton")
 PROMPTS = ["abcdefgh"[: 1 + i % 7] * (1 + i % 5) for i in range(21)]
@@ -521,8 +521,8 @@ def test_a_row_that_has_ended_stays_within_what_is_covered_and_the_position_tabl
     for kind in ("gpt2", "gemma2"):
         provider = GuidedDecoder(make_model(kind, max_position_embeddings=40), tokenizer)._provider
         engine, _ = provider.take(2, 64, 2)
-        parameters = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-        engine.begin([0, 1], [Begin([ids], 0, limit, 0, [], parameters) for ids, limit in (([5] * 40, 1), ([6, 7], 9))])
+        limits, prompts = [Request(prompt="", max_new_tokens=n) for n in (1, 9)], [[5] * 40, [6, 7]]
+        engine.begin([0, 1], [Begin(one, [ids], 0, []) for one, ids in zip(limits, prompts, strict=True)])
         assert engine._live.tolist() == [False, True]
         with torch.inference_mode():
             (logits,) = engine._forward(torch.tensor([[9], [9]]), 16)

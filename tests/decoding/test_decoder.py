@@ -1,12 +1,16 @@
 """GuidedDecoder on small models of several architectures, against an independent loop."""
 
+import dataclasses
+import json
+import pickle
+
 import numpy as np
-import oracle
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import oracle
 from genarm import GenarmError, GuidedDecoder, Request, bundled, world
 from genarm.text import TextStream
 from genarm_kernels import row_seed
@@ -347,6 +351,20 @@ def test_requests_stand_for_arguments(decoder):
     defaults = decoder.generate(PROMPTS[0], max_new_tokens=4)
     assert decoder.generate(Request(prompt=PROMPTS[0], max_new_tokens=4)) == defaults
     assert ["".join(pieces) for pieces in expected.pieces] == expected.texts
+    json.dumps(dataclasses.asdict(expected))  # plain data
+    assert pickle.loads(pickle.dumps(expected)).pieces == expected.pieces
+
+
+def test_events_are_those_of_a_stream(decoder, tokenizer):
+    """Also where text is held back, as the beginning of a stop string, until EOS comes."""
+    prompt, options = PROMPTS[1], {"weights": {"a": 0.5}, "max_new_tokens": 40, "temperature": 1.5}
+    whole = decoder.generate([prompt] * 8, seed=list(range(8)), **options)
+    for b in range(8):
+        text = whole.texts[b]
+        for stop in ((), (text[-1:] + "never",), (text[5:7],)):
+            stop = tuple(filter(None, stop))
+            result = decoder.generate(prompt, seed=b, stop=stop, **options)
+            assert list(result.events(0)) == list(decoder.stream(prompt, seed=b, stop=stop, **options))
 
 
 @pytest.mark.parametrize(
@@ -359,7 +377,12 @@ def test_requests_stand_for_arguments(decoder):
         ([Request(prompt="x"), Request(prompt="x", top_p=2.0)], {}, "prompt 1: top_p: expected a number from 0 to 1"),
         ([Request(prompt="x", weights={"c": 1.0})], {}, "prompt 0: weights: no ARM is called 'c'"),
         ([Request(prompt="x", weights=1.0)], {}, "prompt 0: weights: expected a mapping"),
-        ([Request(prompt="x", stop="e")], {}, "prompt 0: stop: expected"),
+        ([Request(prompt="x", stop="e")], {}, "prompt 0: stop: expected a sequence"),
+        ([Request(prompt="x", arm_prompts=None)], {}, "prompt 0: arm_prompts: expected a mapping"),
+        ([Request(prompt="x")], {"seed": [1]}, "seed: expected as a field"),
+        ([], {"stop": [""]}, "stop: expected a sequence"),
+        ([], {"weights": {"c": 1.0}}, "weights: no ARM is called 'c'"),
+        ("x", {"arm_prompts": {"c": None}}, "arm_prompts: no ARM is called 'c'"),
     ],
 )
 def test_bad_requests(decoder, requests, arguments, match):

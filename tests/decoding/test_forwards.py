@@ -4,13 +4,14 @@ import random
 
 import pytest
 import torch
-from test_batching import adapter, endless
-from test_decoder import byte_tokenizer, make_model
-from test_models import model_of
 
 from genarm import GuidedDecoder
 from genarm.decoding.engine import Begin
 from genarm.decoding.forwards import PlainForward, PlainKind
+from genarm.decoding.request import Request
+from test_batching import adapter, endless
+from test_decoder import byte_tokenizer, make_model
+from test_models import model_of
 
 GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2}
 CASES = {
@@ -24,7 +25,6 @@ CASES = {
     "dynamic rope": lambda seed: model_of("llama", seed),
     "adapters": lambda seed: make_model("qwen3", seed, **GROUPED),
 }
-PARAMETERS = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 # By step, how many tokens every row is fed and how many of them the rows keep.
 STEPS = [(4, [0, 4, 2]), (5, [5, 0, 1]), (1, [1, 1, 0]), (3, [0, 0, 0]), (4, [3, 1, 4]), (2, [2, 1, 0]), (3, [1, 1, 1])]
 
@@ -45,13 +45,13 @@ class Rows:
         self.ids = [[list(ids) for ids in row] for row in prompts]
         self.seen = {}
         engine.reset({})
-        ended = Begin([[7] * 30 for _ in models], 0, 1, 0, [1.0] * (len(models) - 1), PARAMETERS)
+        ended = Begin(Request(prompt="", max_new_tokens=1), [[7] * 30 for _ in models], 0, [1.0] * (len(models) - 1))
         engine.begin([0], [ended])
         for b in range(len(prompts)):
             self.begin(b)
 
     def begin(self, b):
-        row = Begin(self.ids[b], 3, 100, 0, [1.0] * (len(self.models) - 1), PARAMETERS)
+        row = Begin(Request(prompt="", max_new_tokens=100), self.ids[b], 3, [1.0] * (len(self.models) - 1))
         self.engine.begin([self.slots[b]], [row])
 
     def step(self, tokens, accepted):

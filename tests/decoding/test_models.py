@@ -5,18 +5,18 @@ cache and no batch, on the fastest path that gives them.
 import logging
 import math
 
-import oracle
 import pytest
 import torch
-from test_batching import adapter, endless, late
-from test_decoder import SMALL, byte_tokenizer, forward_of, make_model
 from torch import nn
 
+import oracle
 from genarm import GenarmError, GuidedDecoder
 from genarm.decoding import checks, provision
 from genarm.decoding import scheduler as batching
 from genarm.decoding.forwards import StaticForward, StaticModels
 from genarm.models import transformers_api
+from test_batching import adapter, endless, late
+from test_decoder import SMALL, byte_tokenizer, forward_of, make_model
 
 __all__ = ["late"]  # a fixture
 LONG_ROPE = {

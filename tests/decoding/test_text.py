@@ -5,7 +5,6 @@ import random
 from functools import partial
 
 import pytest
-from test_decoder import byte_tokenizer, make_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -14,6 +13,7 @@ from genarm.decoding.results import Decoded
 from genarm.models.folders import check_folder
 from genarm.text import TextStream
 from genarm.tokens import encode_prompt
+from test_decoder import byte_tokenizer, make_model
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 100\n"
 
@@ -459,9 +459,10 @@ def test_pieces_are_the_text(prompt, stop, text):
     core = Tokenizer(models.WordLevel({"▁red": 0, "▁fox": 1, "?": 2}, "?"))
     core.decoder = decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
-    decoded = Decoded(tokenizer, prompt, stop, shown=3)
+    decoded = Decoded(tokenizer, prompt, stop, ended=False)
     pieces = decoded.pieces([0, 0, 1])
     assert len(pieces) == 3 and "".join(pieces) == text
     if text == " red red fox" and not stop:
         assert pieces == [" red", " red", " fox"]
-    assert decoded._replace(shown=2).pieces([0, 0, 1])[2] == ""
+    ended = decoded._replace(ended=True).pieces([0, 0, 1, 2])
+    assert len(ended) == 4 and "".join(ended) == text

@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from engines import CASES, arguments, expected, run, tokens
 
+from engines import CASES, arguments, expected, run, tokens
 from genarm_kernels import row_seed
 
 REPOSITORY = Path(__file__).parents[2]

@@ -106,3 +106,8 @@ def test_the_reference_holds_every_public_name() -> None:
     for package in (genarm, genarm_kernels):
         for name in package.__all__:
             assert getattr(package, name) in listed, name
+
+
+@pages
+def test_no_figure_is_left_to_be_filled_in(page: Path) -> None:
+    assert not re.findall(r"[A-Z]+_(?:TIME|RESULT|RATIO)|GUIDE\d|TODO|TBD", page.read_text())

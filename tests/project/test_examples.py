@@ -5,12 +5,12 @@ import json
 import re
 from pathlib import Path
 
-import oracle
 import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+import oracle
 from genarm import GuidedDecoder, bundled, world
 from genarm_kernels import guided_step, token_mask
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from published_rows import HELLO, PUBLISHED, pku, said
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -18,6 +17,7 @@ from genarm.errors import GenarmError
 from genarm.preferences import data_files
 from genarm.preferences.pairs import Preference, Preferences, encode_preferences, read_preferences
 from genarm.training.arm import _pieces
+from published_rows import HELLO, PUBLISHED, pku, said
 
 
 def write(path: Path, rows: list[Any]) -> Path:

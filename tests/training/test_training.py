@@ -21,7 +21,6 @@ import torch
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
-from published_rows import PUBLISHED
 from safetensors import safe_open
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from tokenizers import decoders as token_decoders
@@ -39,6 +38,7 @@ from genarm.errors import GenarmError
 from genarm.preferences.pairs import Preference, encode_preferences, read_preferences
 from genarm.training import ArmTrainer, collate_pairs, preference_loss, response_logps, train_arm
 from genarm.training.arm import _Progress
+from published_rows import PUBLISHED
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}\n{% endfor %}"

@@ -186,7 +186,7 @@ def _arguments(
     given = 0
     pointers, row_strides = [floats] * 4 + [unused_ints] * 3 + [floats], [0] * 9
     numbers: list[float] = [0.0] * 4 + [0] * 3
-    parameters = (  # in the order of the bits of `given` (common.py)
+    parameters = (  # in the order of the bits of `given` (arguments.py)
         inputs.base_weight,
         inputs.temperature,
         sampling.top_p,

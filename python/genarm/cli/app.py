@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -27,9 +27,6 @@ from .generation import (
 )
 from .results_file import Results
 from .screen import Screen, progress
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     help="Guide a frozen language model, token by token, with small autoregressive reward models (ARMs).",
@@ -148,6 +145,8 @@ def generate(
       head -3 questions.txt | genarm generate --max-new-tokens 40
     """
     arguments.real("--temperature", temperature, 0)
+    if "" in (stop or []):
+        raise GenarmError("--stop: expected a text that is not empty, got ''")
     arms, weights = parse_arms(base, arm or [], weight or [])
     work = read_prompts(prompt or [], prompts, arms)
     sampling: dict[str, Any] = {

@@ -245,7 +245,7 @@ class GuidedDecoder:
         self, prompts: str | Request | Sequence[str | Messages | Request] | None = None, **arguments: Any
     ) -> None:
         """Raises what `generate` with the same arguments would raise before decoding; touches no model."""
-        self._rows(self._bound(prompts, arguments)[0])
+        encode(self._bound(prompts, arguments)[0], self._base, self._arms)
 
     def stream(
         self,
@@ -331,15 +331,18 @@ class GuidedDecoder:
                 self._provider.give_back(engine)
 
     def _result(self, rows: Sequence[Row]) -> GenerationResult:
-        return GenerationResult(
+        result = GenerationResult(
             texts=[row.finish_text() for row in rows],
             tokens=[row.tokens for row in rows],
             logprobs=[row.logprobs for row in rows],
             base_logprobs=[row.base_logprobs for row in rows],
             rewards={name: [row.rewards[name] for row in rows] for name in self._arms},
             finish_reasons=[row.finish_reason or "length" for row in rows],
-            _decoded=[Decoded(self.tokenizer, row.prompts[0], row.request.stop, len(row.text_tokens)) for row in rows],
         )
+        result._remember(
+            [Decoded(self.tokenizer, row.prompts[0], row.request.stop, row.finish_reason == "eos") for row in rows]
+        )
+        return result
 
 
 class GuidedStream:

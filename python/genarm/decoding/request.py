@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 from genarm_kernels import row_seed
@@ -55,20 +55,21 @@ def requests(
 
     `per_prompt`: the other fields of `Request`, each a value or one per prompt.
     """
+    for name in arm_prompts or {}:
+        arm_name(name, arms, "arm_prompts")
     inputs = _inputs(prompts, messages)
     n = len(inputs)
-    if any(isinstance(one, Request) for one in inputs):
+    if prompts is not None and any(isinstance(one, Request) for one in inputs):
         return _given(arms, inputs, {"arm_prompts": arm_prompts or {}, "weights": weights, **per_prompt})
     own = {name: _inputs(one, None) for name, one in (arm_prompts or {}).items()}
     for name, one in own.items():
-        arm_name(name, arms, "arm_prompts")
         if len(one) != n:
             raise GenarmError(f"arm_prompts[{name!r}]: expected {n} prompts, got {len(one)}")
     stop, seed = per_prompt.pop("stop"), per_prompt.pop("seed")
-    stop = (stop,) if isinstance(stop, str) else stop
+    stop = _stop((stop,) if isinstance(stop, str) else stop)
     seeds = [_row_seed(seed, b) for b in range(n)] if isinstance(seed, Integral) else _column("seed", seed, n)
     columns = {name: _column(name, value, n) for name, value in per_prompt.items()}
-    weights_of = _weights(weights, n)
+    weights_of = _weights(weights, n, arms)
     return [
         _checked(
             Request(
@@ -130,7 +131,9 @@ def _given(arms: Sequence[str], inputs: Sequence[Any], others: Mapping[str, Any]
     """The requests that stand in place of prompts, checked; GenarmError where there is anything else beside them."""
     defaults: dict[str, Any] = {one.name: one.default for one in fields(Request)} | {"arm_prompts": {}}
     for name, value in others.items():
-        if value != defaults[name]:
+        default = defaults[name]
+        empty = default is not None and isinstance(value, (Mapping, Sequence)) and not value
+        if not empty and (value is not default and not (isinstance(value, Real) and value == default)):
             raise GenarmError(f"{name}: expected as a field of each Request, got as an argument beside them")
     found = []
     for b, one in enumerate(inputs):
@@ -145,6 +148,8 @@ def _given(arms: Sequence[str], inputs: Sequence[Any], others: Mapping[str, Any]
 
 def _checked(request: Request, arms: Sequence[str]) -> Request:
     """The request with plain numbers in it, a weight for each ARM among them; GenarmError where a value is wrong."""
+    if not isinstance(request.arm_prompts, Mapping):
+        raise GenarmError(f"arm_prompts: expected a mapping of ARM names to prompts, got {request.arm_prompts!r}")
     for name in request.arm_prompts:
         arm_name(name, arms, "arm_prompts")
     given = request.weights
@@ -154,9 +159,6 @@ def _checked(request: Request, arms: Sequence[str]) -> Request:
         raise GenarmError(f"weights: expected a mapping of ARM names to numbers, got {given!r}")
     for name in given:
         arm_name(name, arms, "weights")
-    stop = request.stop
-    if isinstance(stop, str) or not isinstance(stop, Sequence) or not all(isinstance(x, str) and x for x in stop):
-        raise GenarmError(f"stop: expected non-empty strings, got {stop!r}")
     return Request(
         prompt=request.prompt,
         arm_prompts=request.arm_prompts,
@@ -167,15 +169,23 @@ def _checked(request: Request, arms: Sequence[str]) -> Request:
         top_p=real("top_p", request.top_p, 0.0, 1.0),
         min_p=real("min_p", request.min_p, 0.0, 1.0),
         seed=_row_seed(request.seed, 0),
-        stop=tuple(stop),
+        stop=_stop(request.stop),
     )
 
 
-def _weights(weights: Any, n: int) -> list[Mapping[str, float] | None]:
+def _stop(stop: Any) -> tuple[str, ...]:
+    if isinstance(stop, str) or not isinstance(stop, Sequence) or not all(isinstance(x, str) and x for x in stop):
+        raise GenarmError(f"stop: expected a sequence of non-empty strings, got {stop!r}")
+    return tuple(stop)
+
+
+def _weights(weights: Any, n: int, arms: Sequence[str]) -> list[Mapping[str, float] | None]:
     """One mapping per prompt, from what `generate` accepts; the numbers are unchecked."""
     if weights is None:
         return [None] * n
     if isinstance(weights, Mapping):
+        for name in weights:
+            arm_name(name, arms, "weights")
         columns = {name: _column(f"weights[{name!r}]", value, n) for name, value in weights.items()}
         return [{name: column[b] for name, column in columns.items()} for b in range(n)]
     if not isinstance(weights, Sequence) or not all(isinstance(row, Mapping) for row in weights):

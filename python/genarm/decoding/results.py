@@ -1,7 +1,7 @@
 """What decoding gives back: the results of prompts, and the events of a stream."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -14,14 +14,14 @@ class Decoded(NamedTuple):
     tokenizer: Any
     prompt: list[int]
     stop: Sequence[str]
-    shown: int
-    """Tokens that the text may show: all but an EOS token at the end."""
+    ended: bool
+    """Whether the last token is EOS, which the text does not show."""
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
-        """The text of each token."""
-        stream = TextStream(self.tokenizer, self.prompt, self.stop)
-        shown = [stream.push(token, last=i == self.shown) for i, token in enumerate(tokens[: self.shown], start=1)]
-        return shown + [""] * (len(tokens) - self.shown)
+        """The text of each token, as a stream gives it."""
+        stream, last = TextStream(self.tokenizer, self.prompt, self.stop), len(tokens) - 1
+        shown = ([] if self.ended and i == last else [token] for i, token in enumerate(tokens))
+        return [stream.push(*one, last=i == last) for i, one in enumerate(shown)]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,10 @@ class GenerationResult:
     """By ARM, nats per token: log pi_r(token | prefix), the token-level reward, whatever the ARM's weight."""
     finish_reasons: list[str]
     """"eos", "stop" (a stop string) or "length" (max_new_tokens)."""
-    _decoded: list[Decoded] = field(repr=False, compare=False)
+
+    def _remember(self, decoded: Sequence[Decoded]) -> None:
+        """Not a field: the fields are plain data."""
+        vars(self)["_decoded"] = decoded
 
     @cached_property
     def pieces(self) -> list[list[str]]:
@@ -69,7 +72,7 @@ class GenerationResult:
         A token has "" where what it spells is incomplete, or cut with a stop string: a character that spans tokens
         belongs to the last of them.
         """
-        return [one.pieces(tokens) for one, tokens in zip(self._decoded, self.tokens, strict=True)]
+        return [one.pieces(tokens) for one, tokens in zip(vars(self)["_decoded"], self.tokens, strict=True)]
 
     def events(self, b: int) -> Iterator[StreamEvent]:
         """The tokens of prompt b as a stream gives them."""

@@ -348,11 +348,13 @@ def _check_settings(settings: dict[str, Any], save_steps: int | None) -> None:
     for name, least in at_least.items():
         value = save_steps if name == "save_steps" else settings[name]
         if value is not None:
-            integer(name, value, least, 2**32 if name == "seed" else None)  # NumPy takes no larger seed
+            value = integer(name, value, least, 2**32 if name == "seed" else None)  # NumPy takes no larger seed
+        if name in settings:
+            settings[name] = value
     for name in ("beta", "lr", "epochs"):
-        real(name, settings[name], above=0)
+        settings[name] = real(name, settings[name], above=0)
     for name in ("eval_fraction", "lora_dropout"):
-        real(name, settings[name], 0, below=1)
+        settings[name] = real(name, settings[name], 0, below=1)
     if settings["batch_size"] % settings["gradient_accumulation_steps"]:
         raise GenarmError("batch_size must be a multiple of gradient_accumulation_steps")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
