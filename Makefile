@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 VENVS := $(VENV) $(VENV)-oldest $(VENV)-newest
 # A file's tests on one process: what they build once is built once.
-TEST := bin/python -m pytest -q -n 2 --dist loadfile
+TEST := bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 # What transformers, PEFT or datasets could break.
 MODEL_TESTS := tests/decoding tests/training tests/cli tests/project/test_examples.py
 

@@ -117,10 +117,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES))
     parser.add_argument("--all", action="store_true", help="every specialisation")
+    parser.add_argument("--every", type=int, default=1, help="the first of each so many, to save time")
     options = parser.parse_args(arguments)
     if os.environ.pop("TRITON_INTERPRET", None) == "1":
         parser.error("TRITON_INTERPRET=1 leaves nothing to compile")
-    jobs = [(*job, architecture) for job in specialisations(options.all) for architecture in options.arch]
+    jobs = [
+        (*job, architecture)
+        for job in [*specialisations(options.all)][:: options.every]
+        for architecture in options.arch
+    ]
     failed = 0
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for result in pool.map(measure, jobs):

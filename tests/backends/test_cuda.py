@@ -118,9 +118,10 @@ def test_every_way_to_share_a_row_gives_the_same_bits(address: Emulation) -> Non
 
 
 @needs_compiler
-def test_no_two_threads_race(thread: Emulation) -> None:
+@pytest.mark.parametrize("blocks", [2, pytest.param(0, marks=pytest.mark.slow)])
+def test_no_two_threads_race(thread: Emulation, blocks: int) -> None:
     """In shared memory, a cluster's and the workspace: only barriers order threads (shuffles do not)."""
-    done = thread.steps(thread.module, 2, 0)
+    done = thread.steps(thread.module, blocks)
     assert done.returncode == 0, report(done)
 
 

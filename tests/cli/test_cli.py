@@ -265,7 +265,7 @@ def test_a_bug_keeps_its_traceback(root: Path, monkeypatch: pytest.MonkeyPatch, 
     def bug(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_load", bug)
+    monkeypatch.setattr(cli, "load", bug)
     with pytest.raises(type(error)):
         cli.main(["generate", "--prompt", "x"])
 
@@ -467,7 +467,7 @@ def test_an_interrupted_run_goes_on(genarm: Genarm, monkeypatch: pytest.MonkeyPa
         assert genarm(f"{line} out2.jsonl") == (0, "out2.jsonl: 3 of 3 prompts are done\n", "")
         assert Path("out2.jsonl").read_bytes() == whole
 
-    monkeypatch.setattr(cli, "_load", None)  # a finished run loads nothing
+    monkeypatch.setattr(cli, "load", None)  # a finished run loads nothing
     assert genarm(f"{line} out2.jsonl").status == 0
     assert Path("out2.jsonl").read_bytes() == whole
 
@@ -681,9 +681,9 @@ cli.main(sys.argv[3:])
 
 def test_killed_processes_lose_and_repeat_nothing(genarm: Genarm, root: Path) -> None:
     """Where a number of results are on the disk, and others under way."""
-    texts = [{"prompt": "abcdefgh" * (1 + i % 5)} for i in range(24)]
+    texts = [{"prompt": "abcdefgh" * (1 + i % 5)} for i in range(16)]
     (root / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
-    line = f"{MODELS} --max-new-tokens 24 --prompts many.jsonl --batch-size 2 --out"
+    line = f"{MODELS} --max-new-tokens 12 --prompts many.jsonl --batch-size 2 --out"
     for kill, done in {signal.SIGKILL: 5, signal.SIGINT: 9}.items():
         command = [sys.executable, "-c", KILLED, str(done), str(int(kill)), *shlex.split(f"{line} out.jsonl")]
         killed = subprocess.run(command, cwd=root, capture_output=True, text=True)

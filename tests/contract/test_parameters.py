@@ -132,11 +132,12 @@ def test_a_number_seeds_row_b_with_its_step(backend: str, s: int) -> None:
     assert_same(guided_step(base, seed=torch.tensor(wrapped[0]), backend=backend), expected)
 
 
-def test_batches_of_neighbouring_seeds_share_no_draw(backend: str) -> None:
+def test_batches_of_neighbouring_seeds_share_no_draw(backend: str, few: Few) -> None:
     """Of 50,000 tokens two of 80 are the same by chance once in 16 times; rows of one seed would always be."""
     base = torch.zeros(8, 50_000)
-    tokens = torch.cat([guided_step(base, seed=s, logprobs=False, backend=backend).token for s in range(10)])
-    assert len(set(tokens.tolist())) >= 78
+    seeds = few(range(10), 2)
+    tokens = torch.cat([guided_step(base, seed=s, logprobs=False, backend=backend).token for s in seeds])
+    assert len(set(tokens.tolist())) >= len(tokens) - 2
 
 
 @pytest.mark.parametrize("seed, row, error", [(2**64, 0, ValueError), (0, -1, ValueError), (1.0, 0, TypeError)])

@@ -96,17 +96,18 @@ def expected(decoder, models_, prompt_ids, weights, steps, **options):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("tokens", [24, pytest.param(64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", SMALL)
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9, "top_k": 40}])
-def test_equals_a_loop_without_cache_or_batch(tokenizer, kind, sampling):
-    """5 ragged prompts; 64 tokens; the sampled ones with a seed of their own each."""
+def test_equals_a_loop_without_cache_or_batch(tokenizer, kind, sampling, tokens):
+    """5 ragged prompts; the sampled ones with a seed of their own each."""
     models_ = [make_model(kind), make_model(seed=1), make_model(kind, seed=2)]
     decoder = GuidedDecoder(models_[0], tokenizer, {"a": models_[1], "b": models_[2]})
-    result = decoder.generate(PROMPTS, weights={"a": 0.7, "b": -0.4}, max_new_tokens=64, seed=11, **sampling)
+    result = decoder.generate(PROMPTS, weights={"a": 0.7, "b": -0.4}, max_new_tokens=tokens, seed=11, **sampling)
     for b, prompt in enumerate(PROMPTS):
         ids = tokenizer(prompt)["input_ids"]
         assert result.tokens[b] == expected(
-            decoder, models_, [ids] * 3, [0.7, -0.4], 64, seed=row_seed(11, b), **sampling
+            decoder, models_, [ids] * 3, [0.7, -0.4], tokens, seed=row_seed(11, b), **sampling
         )
 
 

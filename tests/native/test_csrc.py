@@ -38,8 +38,9 @@ def engine(core: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(example, tmp_path_factory.mktemp("engine"), f"-DCMAKE_PREFIX_PATH={prefix}") / "engine"
 
 
-def test_core(core: Path) -> None:
-    run(core / "core_test", 4000)
+@pytest.mark.parametrize("cases", [1000, pytest.param(4000, marks=pytest.mark.slow)])
+def test_core(core: Path, cases: int) -> None:
+    run(core / "core_test", cases)
 
 
 @pytest.mark.slow
