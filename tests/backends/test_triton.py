@@ -250,7 +250,7 @@ def test_rows_that_overflow_their_buffer(small_buffers: None, share: int) -> Non
             assert torch.equal(getattr(mine, name), getattr(law, name)), (case, name)
         torch.testing.assert_close(mine.log_mass, law.log_mass, rtol=1e-5, atol=1e-5, equal_nan=True)
         searched += int(((law.kept > 64) & (law.kept < case["base_logits"].shape[1])).sum())
-    assert searched > 5
+    assert searched > 2
 
 
 def test_random_numbers_are_the_librarys() -> None:
