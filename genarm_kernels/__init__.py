@@ -1,6 +1,6 @@
 """Fused sampling for reward-guided decoding. Needs torch alone.
 
-`guided_step` draws a token a row from softmax(base + sum of weight_i * ARM_i); `guided_log_softmax` gives the whole
+`guided_step` draws one token per row from softmax(base + sum of weight_i * ARM_i); `guided_log_softmax` gives the whole
 distribution; `token_mask` makes the masks of allowed tokens that both take; `run_concurrently` runs the models' forward
 passes side by side.
 """

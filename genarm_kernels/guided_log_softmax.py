@@ -29,8 +29,8 @@ def guided_log_softmax(
 
     The arguments are those of `guided_step`; temperature must be above 0. A row with no allowed token is -inf
     throughout, a row that `guided_step` would give status 1 is NaN. The likeliest token's is exactly 0 where the others
-    have no mass. Differentiable with respect to every operand on the
-    reference backend, which "auto" takes when a gradient is asked for; parameters get no gradient.
+    have no mass. Differentiable with respect to every operand on the reference backend, which "auto" takes when a
+    gradient is asked for; parameters get no gradient.
 
     Raises:
         ValueError, TypeError: As `guided_step`.

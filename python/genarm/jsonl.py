@@ -12,7 +12,7 @@ from .errors import GenarmError
 
 
 def rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a file with one a line, or of a JSON array, either of which may be compressed by gzip.
+    """The objects of a file with one per line, or of a JSON array, either of which may be compressed by gzip.
 
     Each comes after its place, "path:line"; in an array this counts its elements. Blank lines are passed over.
 

@@ -398,9 +398,12 @@ while not rounds:
 """
 
 
+@pytest.mark.parametrize("runs", [2, pytest.param(5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend, threads, vocab", [("cpu", 1, 100), ("cpu", 2, 60_000), ("reference", 1, 100)])
-def test_daemon_threads_inside_a_call_when_the_interpreter_ends(backend: str, threads: int, vocab: int) -> None:
-    for _ in range(2):
+def test_daemon_threads_inside_a_call_when_the_interpreter_ends(
+    backend: str, threads: int, vocab: int, runs: int
+) -> None:
+    for _ in range(runs):
         command = [sys.executable, "-c", AT_THE_END, backend, str(threads), str(vocab)]
         run = subprocess.run(command, capture_output=True, text=True)
         assert (run.returncode, run.stdout, run.stderr) == (0, "", "")

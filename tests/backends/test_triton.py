@@ -233,7 +233,7 @@ def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="compiled kernels hold their constants")
-@pytest.mark.parametrize("share", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2))])
+@pytest.mark.parametrize("share", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_rows_that_overflow_their_buffer(small_buffers: None, share: int) -> None:
     """... agree with the reference: in every kind of call, and where the search has to go through many rounds."""
     cases = [random_case(seed) for seed in range(3000, 3020)]
@@ -244,13 +244,13 @@ def test_rows_that_overflow_their_buffer(small_buffers: None, share: int) -> Non
     x = make_logits("normal", (2, 9000), torch.bfloat16)  # more groups than are read at a time
     cases += [dict(base_logits=x, **filters) for filters in (dict(top_k=700, top_p=0.9), dict(top_p=0.5), dict())]
     searched = 0
-    for case in cases[share::3]:
+    for case in cases[::share]:
         mine, law = (guided_step(**case, backend=name) for name in ("triton", "reference"))
         for name in ("token", "kept", "status"):
             assert torch.equal(getattr(mine, name), getattr(law, name)), (case, name)
         torch.testing.assert_close(mine.log_mass, law.log_mass, rtol=1e-5, atol=1e-5, equal_nan=True)
         searched += int(((law.kept > 64) & (law.kept < case["base_logits"].shape[1])).sum())
-    assert searched > 2
+    assert searched > 10 / share
 
 
 def test_random_numbers_are_the_librarys() -> None:

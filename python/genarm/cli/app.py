@@ -39,7 +39,7 @@ app = typer.Typer(
 _UsageError: Any = typer.BadParameter.__mro__[1]
 
 _models = partial(typer.Option, rich_help_panel="Models")
-_input = partial(typer.Option, rich_help_panel="Prompts (standard input, one a line, if none are given)")
+_input = partial(typer.Option, rich_help_panel="Prompts (standard input, one per line, if none are given)")
 _sampling = partial(typer.Option, rich_help_panel="Sampling")
 _output = partial(typer.Option, rich_help_panel="Output")
 
@@ -96,7 +96,7 @@ def generate(
         Path | None,
         _input(
             metavar="FILE.jsonl",
-            help='A line a prompt: {"prompt": "..."} or {"messages": [...]}; "id" and "weights" ({NAME: WEIGHT}) '
+            help='One line per prompt: {"prompt": "..."} or {"messages": [...]}; "id" and "weights" ({NAME: WEIGHT}) '
             "if you like.",
         ),
     ] = None,
@@ -131,7 +131,7 @@ def generate(
         Path | None,
         _output(
             metavar="FILE.jsonl",
-            help="Write a line a prompt there and show nothing. Run again, an interrupted run goes on.",
+            help="Write one line per prompt there and show nothing. Run again, an interrupted run goes on.",
         ),
     ] = None,
 ) -> None:

@@ -56,7 +56,7 @@ def read_prompts(texts: Sequence[str], path: Path | None, arms: Iterable[str]) -
     if path:
         return prompting.from_jsonl(path, arms)
     if sys.stdin.isatty():
-        raise GenarmError('no prompts: give --prompt "TEXT", --prompts FILE.jsonl, or standard input, one a line')
+        raise GenarmError('no prompts: give --prompt "TEXT", --prompts FILE.jsonl, or standard input, one per line')
     return prompting.from_lines(sys.stdin.buffer, "standard input")
 
 

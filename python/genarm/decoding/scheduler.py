@@ -79,14 +79,9 @@ class Row:
         elif last:
             self.finish_reason = "length"
 
-    @property
-    def text_tokens(self) -> list[int]:
-        """What the text is made of: all but an EOS token at the end."""
-        return self.tokens[:-1] if self.finish_reason == "eos" else self.tokens
-
     def finish_text(self) -> str:
         if not self.incremental:
-            self.text.push(*self.text_tokens, last=True)
+            self.text.push(*(self.tokens[:-1] if self.finish_reason == "eos" else self.tokens), last=True)
         return self.text.text
 
 
