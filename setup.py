@@ -16,7 +16,7 @@ import pybind11
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import Extension, setup
 
-SOURCES = ["python/cpu.cpp", *(f"cpu/{name}.cpp" for name in ("operations", "isa", "thread_pool"))]
+SOURCES = ["python/cpu.cpp", *(f"cpu/{name}.cpp" for name in ("operations", "decoder", "isa", "thread_pool"))]
 SOURCES += [f"cpu/{isa}.cpp" for isa in ("portable", "avx2", "avx512")]
 # By part, what its sources include: an edit builds only the parts that it concerns.
 HEADERS = {

@@ -1,5 +1,7 @@
 """csrc/python/cpu.cpp."""
 
+from typing import Any
+
 from torch import Tensor
 
 from .backends import compiled
@@ -9,20 +11,16 @@ guided_step: compiled.Step[int]
 """`place`: the threads."""
 guided_log_softmax: compiled.LogSoftmax[int]
 
-def add_low_rank(
-    *,
-    dtype: int,
-    y: Tensor,
-    x: Tensor,
-    down: Tensor,
-    up: Tensor,
-    rows: int,
-    first: int,
-    step: int,
-    width: int,
-    height: int,
-    rank: int,
-) -> None: ...
+class Linear:
+    def __init__(self, *, layer: dict[str, Any], operands: int) -> None: ...
+    def __call__(self, *, dtype: int, x: Tensor, rows: int, tokens: int, y: Tensor, threads: int) -> None: ...
+
+class DecoderStep:
+    def __init__(self, *, decoder: dict[str, Any]) -> None: ...
+    def __call__(
+        self, *, tokens: Tensor, lengths: Tensor, rows: int, count: int, logits: Tensor, threads: int
+    ) -> None: ...
+
 def isa() -> str | None: ...
 def supported_isas() -> tuple[str, ...]: ...
 def set_isa(name: str) -> None: ...

@@ -96,6 +96,8 @@ class SharedLayer(NamedTuple):
     """1 + N"""
     whole: WholeLayer | None
     """None where no kernel may take it: see `genarm_kernels.shared_linear.can_fuse`."""
+    core: Callable[[Tensor], Tensor] | None = None
+    """On a CPU, the whole as `genarm_kernels.backends.cpu.linear` makes it, or None."""
 
 
 # A field's type: how the schema has it, and the number that stands beside a tensor.

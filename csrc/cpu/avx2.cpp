@@ -4,7 +4,10 @@
 #ifdef GENARM_X86_KERNELS
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <type_traits>
 
 #include "common/random.h"
 
@@ -136,6 +139,36 @@ inline F exp2_of(F t) {
   p = mul(p, {power_of_two(rounded.low), power_of_two(rounded.high)});
   return {_mm256_andnot_ps(vanishing.low, p.low), _mm256_andnot_ps(vanishing.high, p.high)};
 }
+
+// Of the linear layers: one register, so that the sums of 4 x 2 rows stay in registers.
+using V = __m256;
+struct Pair {
+  V first, second;
+};
+constexpr int kVector = 8, kRowsAtOnce = 2;
+inline V zero() { return _mm256_setzero_ps(); }
+inline V load_vector(const float* x) { return _mm256_loadu_ps(x); }
+inline V multiply_add_of(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+inline Pair load_step(const float* w) { return {_mm256_loadu_ps(w), _mm256_loadu_ps(w + 8)}; }
+inline Pair load_step(const genarm::BFloat16* w) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)),
+          _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))))};
+}
+inline Pair load_step(const genarm::Float16* w) {
+  const __m128i* bits = reinterpret_cast<const __m128i*>(w);
+  return {_mm256_cvtph_ps(_mm_loadu_si128(bits)), _mm256_cvtph_ps(_mm_loadu_si128(bits + 1))};
+}
+inline V widen_int8(const int8_t* w) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(w))));
+}
+inline Pair load_step(const int8_t* w) { return {widen_int8(w), widen_int8(w + 8)}; }
+inline float total_of_vector(V x) {
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+inline void prefetch(const void* x) { _mm_prefetch(static_cast<const char*>(x), _MM_HINT_T0); }
 
 }  // namespace
 

@@ -4,7 +4,10 @@
 #ifdef GENARM_X86_KERNELS
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <type_traits>
 
 #include "common/random.h"
 
@@ -92,6 +95,29 @@ inline F exp2_of(F t) {
   for (int i = 5; i >= 0; --i) p = fma_of(p, f, set(genarm::kExp2[i]));
   return _mm512_maskz_scalef_ps(normal, p, n);
 }
+
+// Of the linear layers: the sums of 4 x 4 rows stay in registers.
+using V = __m512;
+struct Pair {
+  V first, second;
+};
+constexpr int kVector = 16, kRowsAtOnce = 4;
+inline V zero() { return _mm512_setzero_ps(); }
+inline V load_vector(const float* x) { return _mm512_loadu_ps(x); }
+inline V multiply_add_of(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+inline Pair load_step(const float* w) { return {_mm512_loadu_ps(w), _mm512_loadu_ps(w + 16)}; }
+inline Pair load_step(const genarm::BFloat16* w) {
+  const __m512i bits = _mm512_loadu_si512(w);
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)),
+          _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))))};
+}
+inline Pair load_step(const genarm::Float16* w) { return {load(w), load(w + 16)}; }
+inline V widen_int8(const int8_t* w) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w))));
+}
+inline Pair load_step(const int8_t* w) { return {widen_int8(w), widen_int8(w + 16)}; }
+inline float total_of_vector(V x) { return total_of(x); }
+inline void prefetch(const void* x) { _mm_prefetch(static_cast<const char*>(x), _MM_HINT_T0); }
 
 }  // namespace
 

@@ -1,5 +1,8 @@
 // Plain C++ for any machine: a vector is 16 floats, which compilers turn into what the target has (NEON on arm64).
+#include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <type_traits>
 
 #include "common/random.h"
 #include "cpu/row.h"
@@ -91,6 +94,50 @@ inline F exp2_of(F t) {
   for (int i = 5; i >= 0; --i) p = fma_of(p, f, set(genarm::kExp2[i]));
   return select(vanishing, set(0.0f), mul(p, power_of_two(rounded)));
 }
+
+// Of the linear layers.
+constexpr int kVector = 8, kRowsAtOnce = 2;
+struct V {
+  float lane[kVector];
+};
+struct Pair {
+  V first, second;
+};
+inline V zero() { return {}; }
+inline V load_vector(const float* x) {
+  V v;
+  for (int i = 0; i < kVector; ++i) v.lane[i] = x[i];
+  return v;
+}
+inline V multiply_add_of(V a, V b, V c) {
+  for (int i = 0; i < kVector; ++i) c.lane[i] += a.lane[i] * b.lane[i];
+  return c;
+}
+template <class W>
+inline float number(const W* w) {
+  if constexpr (std::is_same<W, int8_t>::value) {
+    return static_cast<float>(*w);
+  } else {
+    return genarm::to_float(*w);
+  }
+}
+template <class W>
+inline Pair load_step(const W* w) {
+  constexpr bool kInterleaved = std::is_same<W, genarm::BFloat16>::value;  // as `arrange` has it
+  Pair pair;
+  for (int i = 0; i < kVector; ++i) {
+    pair.first.lane[i] = number(w + (kInterleaved ? 2 * i : i));
+    pair.second.lane[i] = number(w + (kInterleaved ? 2 * i + 1 : kVector + i));
+  }
+  return pair;
+}
+inline float total_of_vector(V x) {
+  for (int width = kVector / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) x.lane[i] += x.lane[i + width];
+  }
+  return x.lane[0];
+}
+inline void prefetch(const void*) {}
 
 }  // namespace
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/numbers.h"
+#include "cpu/decoder.h"
 #include "genarm_kernels.h"
 
 namespace genarm {
@@ -65,18 +66,6 @@ struct Drawn {
   double logprob, log_mass;
 };
 
-// What a LoRA adapter adds to the rows of its ARM in a linear layer's output.
-struct LowRank {
-  genarm_dtype dtype;  // of x and y
-  void* y;
-  const void* x;
-  const float* down;  // [rank, in]
-  const float* up;    // [rank, out]
-  int64_t in, out, rank;
-  int64_t x_stride, y_stride;  // in elements
-  float* inner;                // [rank]: room for down x
-};
-
 // Entry points of one instruction set.
 struct RowKernels {
   // Fills the references of the row from some of its tokens.
@@ -87,8 +76,7 @@ struct RowKernels {
   Drawn (*draw)(const Row& row);
   // log p of tiles [first, last) in place: row.z holds z on entry. `log_largest` is that of the largest z, `top`.
   void (*normalise)(const Row& row, float top, double log_largest, int64_t first, int64_t last);
-  // y += up (down x), for one row.
-  void (*add_low_rank)(const LowRank& part, int64_t row);
+  LayerKernels layers;
 };
 
 const RowKernels& portable_kernels();

@@ -3,7 +3,6 @@
 #include <string>
 #include <vector>
 
-#include "cpu/float_mode.h"
 #include "cpu/row.h"
 #include "python/bindings.h"
 #include "python/torch_threads.h"
@@ -64,29 +63,109 @@ class Cpu {
   genarm::bindings::Executor executor_;
 };
 
-// Adds to rows first, first + step, ... of y, `rows` of them, contiguous like those of x; on the calling thread alone:
-// Python asks for no more than what takes another thread's waking to do.
-void add_low_rank(int dtype, py::handle y, py::handle x, py::handle down, py::handle up, int64_t rows, int64_t first,
-                  int64_t step, int64_t width, int64_t height, int64_t rank) {
-  if (rows == 0 || rank == 0) return;
-  const int64_t size = dtype == GENARM_FLOAT32 ? 4 : 2;
-  thread_local Workspace workspace;
-  const auto inner = static_cast<float*>(workspace.of(sizeof(float) * static_cast<size_t>(rank)));
-  if (!inner) throw std::bad_alloc();
-  const genarm::LowRank part{static_cast<genarm_dtype>(dtype),
-                             genarm::bindings::pointer<char>(y) + first * height * size,
-                             genarm::bindings::pointer<const char>(x) + first * width * size,
-                             genarm::bindings::pointer<const float>(down),
-                             genarm::bindings::pointer<const float>(up),
-                             width,
-                             height,
-                             rank,
-                             step * width,
-                             step * height,
-                             inner};
-  const genarm::DefaultFloatMode mode;
-  for (int64_t row = 0; row < rows; ++row) genarm::kernels_of(isa)->add_low_rank(part, row);
+template <class T>
+const T* pointer_or_null(py::handle tensor) {
+  return tensor.is_none() ? nullptr : genarm::bindings::pointer<const T>(tensor);
 }
+
+// genarm_kernels/backends/cpu.py gives layers as dictionaries; what their tensors hold is not copied.
+genarm::Linear linear_of(const py::dict& given) {
+  genarm::Linear layer{static_cast<genarm::WeightType>(given["type"].cast<int>()),
+                       genarm::bindings::pointer<const void>(given["weight"]),
+                       pointer_or_null<float>(given["scales"]),
+                       pointer_or_null<float>(given["bias"]),
+                       given["width"].cast<int64_t>(),
+                       given["height"].cast<int64_t>(),
+                       {}};
+  for (py::handle one : py::list(given["parts"])) {
+    const py::tuple part = one.cast<py::tuple>();
+    layer.parts.push_back({part[0].cast<int64_t>(), genarm::bindings::pointer<const float>(part[1]),
+                           genarm::bindings::pointer<const float>(part[2]), part[3].cast<int64_t>()});
+  }
+  return layer;
+}
+
+// A linear layer as calls take it, made once.
+class Linear {
+ public:
+  Linear(const py::dict& layer, int64_t operands) : layer_(linear_of(layer)), operands_(operands) {}
+  void operator()(int dtype, py::handle x, int64_t rows, int64_t tokens, py::handle y, int threads) const {
+    const genarm::bindings::Executor executor(threads);
+    const void* const from = genarm::bindings::pointer<const void>(x);
+    void* const to = genarm::bindings::pointer<void>(y);
+    PyThreadState* const state = PyEval_SaveThread();
+    genarm::run_linear(layer_, genarm::kernels_of(isa)->layers, executor.executor, static_cast<genarm_dtype>(dtype),
+                       from, rows, tokens, operands_, to);
+    genarm::bindings::take_interpreter(state);
+  }
+
+ private:
+  const genarm::Linear layer_;
+  const int64_t operands_;
+};
+
+genarm::Norm norm_of(const py::object& given) {
+  if (given.is_none()) return {nullptr, 0};
+  const py::tuple norm = given;
+  return {genarm::bindings::pointer<const float>(norm[0]), norm[1].cast<float>()};
+}
+
+genarm::Decoder decoder_of(const py::dict& given) {
+  const auto number = [&given](const char* name) { return given[name].cast<int64_t>(); };
+  const auto floats = [&given](const char* name) { return genarm::bindings::pointer<const float>(given[name]); };
+  genarm::Decoder decoder{};
+  decoder.operands = number("operands");
+  decoder.hidden = number("hidden_size");
+  decoder.heads = number("heads");
+  decoder.kv_heads = number("kv_heads");
+  decoder.head_size = number("head_size");
+  decoder.vocab = number("vocab_size");
+  decoder.embeddings = number("embeddings");
+  decoder.length = number("length");
+  decoder.caches = static_cast<genarm_dtype>(number("cache_type"));
+  decoder.embedding_type = static_cast<genarm::WeightType>(number("embedding_type"));
+  decoder.embedding = genarm::bindings::pointer<const void>(given["embedding"]);
+  decoder.embedding_scale = given["embedding_scale"].cast<float>();
+  decoder.attention_scale = given["attention_scale"].cast<float>();
+  decoder.activation = static_cast<genarm::Activation>(number("activation"));
+  decoder.cos = floats("cos");
+  decoder.sin = floats("sin");
+  decoder.norm = norm_of(given["norm"]);
+  decoder.head = linear_of(given["head"]);
+  for (py::handle one : py::list(given["layers"])) {
+    const py::dict layer = one.cast<py::dict>();
+    decoder.layers.push_back({norm_of(layer["attention_norm"]), norm_of(layer["q_norm"]), norm_of(layer["k_norm"]),
+                              norm_of(layer["mlp_norm"]), linear_of(layer["q"]), linear_of(layer["k"]),
+                              linear_of(layer["v"]), linear_of(layer["o"]), linear_of(layer["gate"]),
+                              linear_of(layer["up"]), linear_of(layer["down"]),
+                              genarm::bindings::pointer<void>(layer["keys"]),
+                              genarm::bindings::pointer<void>(layer["values"]), layer["window"].cast<int64_t>()});
+  }
+  return decoder;
+}
+
+class DecoderStep {
+ public:
+  explicit DecoderStep(const py::dict& decoder) : step_(decoder_of(decoder), genarm::kernels_of(isa)->layers) {}
+  void operator()(py::handle tokens, py::handle lengths, int64_t rows, int64_t count, py::handle logits, int threads) {
+    const genarm::bindings::Executor executor(threads);
+    const auto fed = genarm::bindings::pointer<const int64_t>(tokens),
+               at = genarm::bindings::pointer<const int64_t>(lengths);
+    const auto out = genarm::bindings::pointer<float>(logits);
+    PyThreadState* const state = PyEval_SaveThread();
+    std::exception_ptr wrong;
+    try {
+      step_.run(executor.executor, fed, at, rows, count, out);
+    } catch (...) {
+      wrong = std::current_exception();
+    }
+    genarm::bindings::take_interpreter(state);
+    if (wrong) std::rethrow_exception(wrong);
+  }
+
+ private:
+  genarm::DecoderStep step_;
+};
 
 // The name of the instruction set in use, or None when the one that GENARM_CPU_ISA names cannot run.
 py::object current_isa() {
@@ -110,8 +189,14 @@ PYBIND11_MODULE(_cpu, module) {
   module.attr("TILE") = GENARM_TILE;
   genarm::bindings::define<Cpu>(module);
   using py::arg;
-  module.def("add_low_rank", &add_low_rank, py::kw_only(), arg("dtype"), arg("y"), arg("x"), arg("down"), arg("up"),
-             arg("rows"), arg("first"), arg("step"), arg("width"), arg("height"), arg("rank"));
+  py::class_<Linear>(module, "Linear")
+      .def(py::init<const py::dict&, int64_t>(), py::kw_only(), arg("layer"), arg("operands"))
+      .def("__call__", &Linear::operator(), py::kw_only(), arg("dtype"), arg("x"), arg("rows"), arg("tokens"), arg("y"),
+           arg("threads"));
+  py::class_<DecoderStep>(module, "DecoderStep")
+      .def(py::init<const py::dict&>(), py::kw_only(), arg("decoder"))
+      .def("__call__", &DecoderStep::operator(), py::kw_only(), arg("tokens"), arg("lengths"), arg("rows"),
+           arg("count"), arg("logits"), arg("threads"));
   module.def("isa", &current_isa, "Name of the instruction set in use; None when the one asked for cannot run.");
   module.def("supported_isas", [] {
     py::tuple names(supported().size());

@@ -1,17 +1,28 @@
 """The CPU core (csrc/) as a backend: hands tensors' addresses to `_cpu` and makes the outputs."""
 
+import functools
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.nn import functional as F  # noqa: N812
 
+from ..layers import Decoder, Linear
 from ..outputs import GuidedStep
-from ..parameters import Inputs, LayerPart, Sampling, SharedLayer
+from ..parameters import Inputs, Sampling, SharedLayer
 from . import compiled, reference
 
-# Multiply-adds up to which the core takes less time than torch's products, which split them over threads and make more
-# of many rows: 1.5 us in place of 15 for one row of 1024 to 1024, rank 8 (2 cores).
-_LITTLE_WORK = 1 << 18
+# Rows up to which a linear layer reads its weights at a rate that torch's products do not reach.
+_FEW_ROWS = 16
+# Weights that are widened at a time, 2 MiB of float32: they are still in the cache when they are multiplied.
+_BLOCK = 1 << 19
+_WEIGHT_TYPES = {**compiled.DTYPES, torch.int8: 3}
+_ACTIVATIONS = ("silu", "gelu_tanh")
+_NO_WINDOW = 2**62
 
 _import_error: ImportError | None = None
 try:
@@ -49,51 +60,179 @@ def suits_shared_linear(x: Tensor) -> bool:
 
 
 def shared_linear(x: Tensor, layer: SharedLayer) -> Tensor:
-    y = layer.linear(x)
-    for part in layer.parts:
-        add = add_part if suits_part(y, x, part, layer.operands) else reference.add_part
-        add(y, x, part, layer.operands)
-    return y
+    if layer.core is not None and suits_few_rows(x):
+        return layer.core(x)
+    return reference.shared_linear(x, layer)
 
 
-def suits_part(y: Tensor, x: Tensor, part: LayerPart, operands: int) -> bool:
-    """A small step of decoding, which nothing but the core is to see; sizes that are safe to read and write."""
-    down, up = part.down, part.up
-    (ranks, width), height = down.shape, up.shape[1]
+def suits_few_rows(x: Tensor) -> bool:
+    """The rows of a step of decoding, which nothing but the core is to see."""
     return (
-        x.shape == (len(y), 1, width)
-        and y.shape[1:] == (1, height)
-        and len(up) == ranks
-        and len(x) * ranks * (width + height) < _LITTLE_WORK * operands
-        and x.dtype == y.dtype
+        x.numel() <= _FEW_ROWS * x.shape[-1]
         and x.dtype in compiled.DTYPES
-        and down.dtype == up.dtype == torch.float32
-        and x.is_cpu
-        and y.is_cpu
-        and down.is_cpu
-        and up.is_cpu
-        and y.is_contiguous()
-        and x.is_contiguous()
-        and down.is_contiguous()
-        and up.is_contiguous()
         and not torch.is_grad_enabled()
         and torch._C._len_torch_dispatch_stack() == 0
     )
 
 
-def add_part(y: Tensor, x: Tensor, part: LayerPart, operands: int) -> None:
-    """What an ARM adds to its rows of y, in place; x and the part must suit."""
-    rank, width = part.down.shape
-    _cpu.add_low_rank(
-        dtype=compiled.DTYPES[x.dtype],
-        y=y,
-        x=x,
-        down=part.down,
-        up=part.up,
-        rows=len(range(part.operand, len(x), operands)),
-        first=part.operand,
-        step=operands,
-        width=width,
-        height=part.up.shape[1],
-        rank=rank,
+def linear(layer: Linear, operands: int = 1) -> Callable[[Tensor], Tensor] | None:
+    """Calls of the layer by the core, on x `[R, T, in]` that suits; None where the layer is none for the core.
+
+    Row m of x belongs to operand m % operands.
+    """
+    if why_unavailable() is not None or unsuited_linear(layer) is not None:
+        return None
+    core = _cpu.Linear(layer=_described(layer), operands=operands)
+    height, width = layer.weight.shape
+
+    def call(x: Tensor) -> Tensor:
+        x = x.contiguous()
+        y = x.new_empty((*x.shape[:-1], height))
+        tokens = x.shape[1] if x.dim() == 3 else 1
+        core(
+            dtype=compiled.DTYPES[x.dtype],
+            x=x,
+            rows=x.numel() // width,
+            tokens=tokens,
+            y=y,
+            threads=torch.get_num_threads(),
+        )
+        return y
+
+    return call
+
+
+def many_rows_of(weight: Tensor, bias: Tensor | None, scales: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """x -> scales * (W x) + bias for any number of rows, as fast as this machine makes matrix products."""
+    if scales is None and (weight.dtype is torch.float32 or _multiplies(weight.dtype)):
+        return partial(F.linear, weight=weight, bias=bias)
+    return partial(many_rows, weight=weight, bias=bias, scales=scales)
+
+
+def many_rows(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor | None) -> Tensor:
+    """By float32's product, of a block of weights after the other: they are widened in the cache."""
+    rows, height = x.flatten(0, -2).float(), len(weight)
+    y = x.new_empty(len(rows), height)
+    block = max(1, _BLOCK // weight.shape[1])
+    for begin in range(0, height, block):
+        some = slice(begin, begin + block)
+        part = rows @ weight[some].float().T
+        if scales is not None:
+            part *= scales[some]
+        if bias is not None:
+            part += bias[some]
+        y[:, some] = part
+    return y.view(*x.shape[:-1], height)
+
+
+@functools.cache
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether the machine has instructions for products in bfloat16 or float16, without which torch's take six times as
+    long as float32's (oneDNN's own word; AVX2, torch 2.13).
+    """
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    ask = getattr(torch.ops.mkldnn, name, None) if name else None
+    return ask is None or bool(ask())
+
+
+def unsuited_linear(layer: Linear) -> str | None:
+    """Why the core cannot take the layer, or None."""
+    tensors = [layer.weight, layer.bias, layer.scales, *(x for part in layer.parts for x in (part.down, part.up))]
+    if any(x is not None and not (type(x) in (Tensor, Parameter) and x.is_cpu and x.is_contiguous()) for x in tensors):
+        return "its weights or adapters are not plain, contiguous and in a CPU's memory"
+    if layer.weight.dtype not in _WEIGHT_TYPES:
+        return f"its weights are {layer.weight.dtype}"
+    if (layer.weight.dtype is torch.int8) != (layer.scales is not None):
+        return "scales and int8 weights go together"
+    if other := {x.dtype for x in tensors[1:] if x is not None} - {torch.float32}:
+        return f"its bias, scales or adapters are {other.pop()}"
+    height, width = layer.weight.shape
+    fits = all(x is None or x.shape == (height,) for x in (layer.bias, layer.scales)) and all(
+        part.down.shape == (len(part.up), width) and part.up.shape[1:] == (height,) for part in layer.parts
     )
+    return None if fits else "its bias, scales or adapters do not fit its weights"
+
+
+def unsuited_decoder(decoder: Decoder, keys: Sequence[Tensor], values: Sequence[Tensor]) -> str | None:
+    """Why the core cannot run the model, or None."""
+    if (reason := why_unavailable()) is not None:
+        return reason
+    linears = [decoder.head]
+    for layer in decoder.layers:
+        linears += [layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down]
+    if (reason := next((why for one in linears if (why := unsuited_linear(one))), None)) is not None:
+        return f"a linear layer: {reason}"
+    head_size = decoder.cos.shape[1]
+    if head_size % 16 or decoder.heads % decoder.kv_heads:
+        return f"its {decoder.heads} heads of {head_size}, {decoder.kv_heads} of keys, do not fit the core's vectors"
+    if decoder.activation not in _ACTIVATIONS:
+        return f"its activation is {decoder.activation!r}"
+    plain = [decoder.embedding, decoder.cos, decoder.sin, *keys, *values]
+    if not all(x.is_cpu and x.is_contiguous() and x.dtype in compiled.DTYPES for x in plain):
+        return "its embedding or caches are not contiguous floats in a CPU's memory"
+    return None
+
+
+class DecoderStep:
+    """See `genarm_kernels.decoder_step`; the model must suit."""
+
+    def __init__(self, decoder: Decoder, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        self._tensors = (decoder, keys, values)  # the core has their addresses
+        self._vocab_size = len(decoder.head.weight)
+        self._step = _cpu.DecoderStep(
+            decoder={
+                "operands": decoder.operands,
+                "hidden_size": decoder.embedding.shape[1],
+                "heads": decoder.heads,
+                "kv_heads": decoder.kv_heads,
+                "head_size": decoder.cos.shape[1],
+                "vocab_size": self._vocab_size,
+                "embeddings": len(decoder.embedding),
+                "length": keys[0].shape[1],
+                "cache_type": compiled.DTYPES[keys[0].dtype],
+                "embedding_type": _WEIGHT_TYPES[decoder.embedding.dtype],
+                "embedding": decoder.embedding,
+                "embedding_scale": decoder.embedding_scale,
+                "attention_scale": decoder.attention_scale,
+                "activation": _ACTIVATIONS.index(decoder.activation),
+                "cos": decoder.cos,
+                "sin": decoder.sin,
+                "norm": decoder.norm,
+                "head": _described(decoder.head),
+                "layers": [
+                    {
+                        **{name: _described(x) if isinstance(x, Linear) else x for name, x in layer._asdict().items()},
+                        "keys": own_keys,
+                        "values": own_values,
+                        "window": layer.sliding_window or _NO_WINDOW,
+                    }
+                    for layer, own_keys, own_values in zip(decoder.layers, keys, values, strict=True)
+                ],
+            }
+        )
+
+    def __call__(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        rows, count = len(lengths), tokens.shape[1]
+        logits = torch.empty(rows, count, self._vocab_size)
+        self._step(
+            tokens=tokens.contiguous(),
+            lengths=lengths.contiguous(),
+            rows=rows,
+            count=count,
+            logits=logits,
+            threads=torch.get_num_threads(),
+        )
+        return logits
+
+
+def _described(layer: Linear) -> dict[str, Any]:
+    height, width = layer.weight.shape
+    return {
+        "type": _WEIGHT_TYPES[layer.weight.dtype],
+        "weight": layer.weight,
+        "bias": layer.bias,
+        "scales": layer.scales,
+        "width": width,
+        "height": height,
+        "parts": [(part.operand, part.down, part.up, len(part.down)) for part in layer.parts],
+    }

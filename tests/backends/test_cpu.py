@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from genarm_kernels import GuidedStep, available_backends, guided_log_softmax, guided_step
-from genarm_kernels.backends import cpu
+from genarm_kernels.backends import cpu, reference
+from genarm_kernels.decoder_step import DecoderStep
+from genarm_kernels.layers import Decoder, DecoderLayer, Linear, Norm, quantize_int8
 from genarm_kernels.outputs import empty_step
 from genarm_kernels.parameters import Inputs, LayerPart, Sampling, SharedLayer
 from genarm_kernels.shared_linear import shared_linear
@@ -284,8 +286,9 @@ def test_denormal_numbers_count_whatever_the_host_flushes() -> None:
         torch.set_flush_denormal(flush)
         results.append(guided_step(x, temperature=0, backend="cpu").token.tolist())
         results.append(guided_step(x, min_p=torch.tensor([1e-40]), backend="cpu").kept.tolist())
-        y = torch.zeros(1, 1, 3)
-        cpu.add_part(y, torch.ones(1, 1, 1), LayerPart(0, torch.ones(1, 1), x), 1)
+        linear = cpu.linear(Linear(x.t().contiguous()))
+        assert linear is not None
+        y = linear(torch.ones(1, 1, 1))
         torch.set_flush_denormal(False)
         results.append([y.count_nonzero().item()])
     assert results == 2 * [[1], [3], [3]]
@@ -437,59 +440,98 @@ while not inside:
         assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
-# --- The linear layer of a base and its adapters ----------------------------------------------------------------------
+# --- Linear layers, and a decoder's step of them ---------------------------------------------------------------------
 
 
-def layer_of(y: torch.Tensor, part: LayerPart, operands: int) -> SharedLayer:
-    """A layer whose W x + bias is y."""
-    return SharedLayer(lambda x: y.clone(), [part], operands, None)
+WEIGHTS = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
 
 
-def part_case(dtype: torch.dtype, rows: int, sizes: tuple[int, int, int], step: int) -> tuple[torch.Tensor, ...]:
-    """y, x, down, up amid NaN, where they begin on no boundary."""
-    rank, width, height = sizes
-    shapes = ((rows * step, 1, height), (rows * step, 1, width), (rank, width), (rank, height))
-    generator = torch.Generator().manual_seed(rows)
-    made = []
-    for shape, of in zip(shapes, (dtype, dtype, torch.float32, torch.float32), strict=True):
-        count = torch.Size(shape).numel()
-        around = torch.full((count + 40,), torch.nan, dtype=of)
-        made.append(around[3 : 3 + count].view(shape).copy_(torch.randn(shape, generator=generator)))
-    return tuple(made)
+def amid_nan(x: torch.Tensor) -> torch.Tensor:
+    """Where it begins on no boundary; what lies around it is not to be read."""
+    around = torch.full((x.numel() + 40,), 77 if x.dtype is torch.int8 else torch.nan, dtype=x.dtype)
+    return around[3 : 3 + x.numel()].view(x.shape).copy_(x)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def linear_case(weights: torch.dtype, width: int, height: int, ranks: dict[int, int]) -> Linear:
+    generator = torch.Generator().manual_seed(width)
+
+    def random(*shape: int) -> torch.Tensor:
+        return amid_nan(torch.randn(shape, generator=generator))
+
+    parts = [LayerPart(operand, random(rank, width), random(rank, height)) for operand, rank in ranks.items()]
+    weight, scales = random(height, width), None
+    if weights is torch.int8:
+        weight, scales = quantize_int8(weight)
+    return Linear(amid_nan(weight.to(weights)), random(height), scales, parts)
+
+
+def exact(layer: Linear, x: torch.Tensor, operands: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The layer's output in float64, and what the terms of its sums come to without their signs."""
+
+    def output(absolute: bool) -> torch.Tensor:
+        def number(x: torch.Tensor) -> torch.Tensor:
+            return x.double().abs() if absolute else x.double()
+
+        y = number(x) @ number(layer.weight).t()
+        y = y * (1 if layer.scales is None else number(layer.scales)) + number(layer.bias)
+        for part in layer.parts:
+            own = slice(part.operand, None, operands)
+            y[own] += number(x[own]) @ number(part.down).t() @ number(part.up)
+        return y
+
+    return output(absolute=False), output(absolute=True)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("rows", "sizes", "step"),
-    [(1, (8, 64, 64), 2), (3, (1, 1, 1), 2), (2, (5, 100, 33), 3), (7, (16, 15, 130), 2), (12, (16, 300, 257), 2)],
+    ("rows", "tokens", "width", "height", "ranks"),
+    [
+        (1, 1, 64, 64, {}),
+        (1, 1, 1, 1, {}),
+        (2, 1, 64, 96, {1: 8}),
+        (3, 3, 100, 33, {2: 5}),
+        (8, 2, 15, 130, {1: 1}),
+        (16, 1, 300, 257, {1: 3, 3: 6}),
+        (7, 1, 2050, 5, {}),
+    ],
 )
 @torch.no_grad()
-def test_parts_are_added_to_their_rows_alone(dtype, rows, sizes, step):
-    y, x, down, up = part_case(dtype, rows, sizes, step)
-    assert cpu.suits_shared_linear(x)
-    for first in {1, step - 1}:
-        outputs, part = [], LayerPart(first, down, up)
-        assert cpu.suits_part(y, x, part, step)
-        for isa in ISAS:
-            cpu._cpu.set_isa(isa)
-            outputs.append(shared_linear(x, layer_of(y, part, step)))
-            assert torch.equal(outputs[0], outputs[-1]), isa
-        exact = y.double()
-        exact[first::step] += (x[first::step].double() @ down.double().t()) @ up.double()
+def test_a_linear_layer_of_few_rows(weights, dtype, rows, tokens, width, height, ranks):
+    layer, operands = linear_case(weights, width, height, ranks), 1 + max(ranks, default=0)
+    x = amid_nan(torch.randn(rows, tokens, width, generator=torch.Generator().manual_seed(rows)).to(dtype))
+    expected, size = exact(layer, x, operands)
+    for isa in ISAS:
+        cpu._cpu.set_isa(isa)
+        core = cpu.linear(layer, operands)
+        assert core is not None
+        y = core(x)
         # One rounding to the dtype, after sums in float32.
-        size = 1 + exact.abs() + (x.double().abs() @ down.double().t().abs()) @ up.double().abs()
-        error = (outputs[0].double() - exact).abs() / (exact.abs() * torch.finfo(dtype).eps / 2 + size * 1e-6)
-        assert error.max() <= 1
-        others = [row for row in range(len(y)) if row % step != first]
-        assert torch.equal(outputs[0][others], y[others])
-        by_torch = shared_linear(x, layer_of(y, part, step), backend="reference")
-        assert (by_torch.double() - exact).abs().max() <= 4 * (outputs[0].double() - exact).abs().max() + 1e-5
+        error = (y.double() - expected).abs() / (expected.abs() * torch.finfo(dtype).eps / 2 + size * 2e-6)
+        assert error.max() <= 1, isa
+        for row in range(0, rows, operands):
+            assert torch.equal(core(x[row : row + operands]), y[row : row + operands]), isa
+        threads = torch.get_num_threads()
+        torch.set_num_threads(3 - min(threads, 2))
+        assert torch.equal(core(x), y), isa
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@torch.no_grad()
+def test_a_linear_layer_of_many_rows(weights, monkeypatch):
+    monkeypatch.setattr(cpu, "_BLOCK", 1000)
+    layer = linear_case(weights, 100, 33, {})
+    x = torch.randn(4, 9, 100).bfloat16()
+    y = cpu.many_rows(x, layer.weight, layer.bias, layer.scales)
+    expected, size = exact(layer, x, 1)
+    assert ((y.double() - expected).abs() <= expected.abs() * 2**-8 + size * 2e-6).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_sums_are_rounded_to_the_nearest(dtype):
-    """Of 0 + 1 (1 v), for v over the whole of float32: numbers, ties and their neighbours, infinities, NaN."""
+    """Of 1 v, for v over the whole of float32: numbers, ties and their neighbours, infinities, NaN."""
     bits = torch.cat([torch.arange(0, 2**32, 2**32 // 60_000), torch.arange(2**15) * 2**17 + 2**12])
     bits = torch.cat([bits + i for i in (-1, 0, 1, 2**15, 2**15 - 1, 2**15 + 1)]) % 2**32
     values = torch.where(bits < 2**31, bits, bits - 2**32).int().view(torch.float32)
@@ -498,53 +540,161 @@ def test_sums_are_rounded_to_the_nearest(dtype):
     expected = values.to(dtype)
     for isa in ISAS:
         cpu._cpu.set_isa(isa)
-        y = torch.full((1, 1, len(values)), -0.0, dtype=dtype)
-        part = LayerPart(0, torch.ones(1, 1), values[None])  # which is much: for torch
-        cpu.add_part(y, torch.ones(1, 1, 1, dtype=dtype), part, 1)
-        same = (y[0, 0] == expected) | (y[0, 0].isnan() & expected.isnan())
-        assert same.all(), (isa, values[~same][:5], y[0, 0][~same][:5], expected[~same][:5])
+        core = cpu.linear(Linear(values[:, None]))
+        assert core is not None
+        y = core(torch.ones(1, 1, 1, dtype=dtype))[0, 0]
+        same = (y == expected) | (y.isnan() & expected.isnan())
+        assert same.all(), (isa, values[~same][:5], y[~same][:5], expected[~same][:5])
 
 
-@torch.no_grad()
-def test_a_row_of_a_layer_has_the_same_bits_alone() -> None:
-    y, x, down, up = part_case(torch.bfloat16, 12, (16, 300, 257), 2)
-    part = LayerPart(1, down, up)
-    assert cpu.suits_part(y, x, part, 2)
-    together = shared_linear(x, layer_of(y, part, 2))
-    alone = shared_linear(x[20:22], layer_of(y[20:22], part, 2))
-    assert torch.equal(alone, together[20:22])
+@pytest.mark.parametrize("kind", ["gradient", "many rows", "double", "few"])
+def test_the_core_gets_few_rows_without_gradients(kind: str) -> None:
+    called = []
 
+    def core(x: torch.Tensor) -> torch.Tensor:
+        called.append(x)
+        return x
 
-@pytest.mark.parametrize("kind", ["strided", "gradient", "mixed", "long", "much"])
-def test_what_does_not_suit_the_core_is_added_by_torch(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "add_part", lambda *_: pytest.fail("the core was called"))
-    tokens = 3 if kind == "long" else 1
-    y, x, down, up = (torch.randn(shape) for shape in ((4, tokens, 6), (4, tokens, 4), (2, 4), (2, 6)))
-    if kind == "strided":
-        x = torch.randn(4, 1, 8)[..., ::2]
-    elif kind == "mixed":
-        x = x.bfloat16()
-    elif kind == "much":
-        monkeypatch.setattr(cpu, "_LITTLE_WORK", 10)
-    down.requires_grad_(kind == "gradient")
-    expected = y.clone()
-    expected[1::2] += (x[1::2].float() @ down.detach().t()) @ up
+    layer = SharedLayer(lambda x: x, [], 1, None, core)
+    x = torch.ones(20 if kind == "many rows" else 4, 1, 8)
     with torch.set_grad_enabled(kind == "gradient"):
-        y = shared_linear(x, layer_of(y, LayerPart(1, down, up), 2))
-    assert torch.allclose(y, expected, atol=1e-5)
-    assert y.requires_grad == (kind == "gradient")
+        shared_linear(x.double() if kind == "double" else x, layer)
+    assert bool(called) == (kind == "few")
 
 
 @torch.no_grad()
-def test_sizes_that_do_not_fit_never_reach_the_core() -> None:
-    y, x, down, up = torch.randn(4, 1, 6), torch.randn(4, 1, 4), torch.randn(2, 4), torch.randn(2, 6)
+def test_layers_that_the_core_does_not_take():
+    weight, part = torch.randn(6, 4), LayerPart(1, torch.randn(2, 4), torch.randn(2, 6))
+    int8, scales = quantize_int8(weight)
+    assert cpu.unsuited_linear(Linear(weight, torch.ones(6), None, [part])) is None
+    for layer, reason in (
+        (Linear(weight.t()), "its weights or adapters are not plain"),
+        (Linear(weight.double()), "its weights are torch.float64"),
+        (Linear(int8), "scales and int8 weights go together"),
+        (Linear(weight, scales=scales), "scales and int8 weights go together"),
+        (Linear(weight, torch.ones(6).bfloat16()), "its bias, scales or adapters are torch.bfloat16"),
+        (Linear(weight, torch.ones(5)), "do not fit its weights"),
+        (Linear(weight, None, None, [part._replace(down=torch.randn(2, 3))]), "do not fit its weights"),
+        (Linear(weight, None, None, [part._replace(up=torch.randn(3, 6))]), "do not fit its weights"),
+    ):
+        assert reason in str(cpu.unsuited_linear(layer))
+        assert cpu.linear(layer) is None
 
-    def suit(y: torch.Tensor, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> bool:
-        return cpu.suits_part(y, x, LayerPart(1, down, up), 2)
 
-    assert suit(y, x, down, up)
-    narrow_x, narrow_y = x[..., :3].contiguous(), y[..., :5].contiguous()
-    for wrong in ((y[:2], x, down, up), (y, narrow_x, down, up), (narrow_y, x, down, up), (y, x, down, up[:1])):
-        assert not suit(*wrong)
-    for wrong in ((y, x, down, up.half()), (y, x, down.t().contiguous().t(), up), (y.double(), x.double(), down, up)):
-        assert not suit(*wrong)
+def decoder_case(weights: torch.dtype, caches: torch.dtype, head_size: int, kv_heads: int, **options: Any) -> Any:
+    """A decoder of two layers and widths that fit no vector, with its caches: what a step must not look at is NaN."""
+    hidden, intermediate, heads, vocab, rows, length = 72, 344, 4, 111, 6, 40
+    generator = torch.Generator().manual_seed(head_size)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def linear(height: int, width: int) -> Linear:
+        weight, scales = random(height, width) / width**0.5, None
+        parts = [LayerPart(1, random(3, width) / width**0.5, random(3, height) / 2)]
+        if weights is torch.int8:
+            weight, scales = quantize_int8(weight)
+        return Linear(weight.to(weights), random(height) / 10, scales, parts)
+
+    def norm(width: int) -> Norm:
+        return Norm(1 + random(width) / 10, 1e-6)
+
+    layers = [
+        DecoderLayer(
+            norm(hidden),
+            linear(heads * head_size, hidden),
+            linear(kv_heads * head_size, hidden),
+            linear(kv_heads * head_size, hidden),
+            linear(hidden, heads * head_size),
+            norm(head_size) if kv_heads < heads else None,
+            norm(head_size) if kv_heads < heads else None,
+            norm(hidden),
+            linear(intermediate, hidden),
+            linear(intermediate, hidden),
+            linear(hidden, intermediate),
+            window,
+        )
+        for window in (None, 5)
+    ]
+    angles = torch.arange(length)[:, None] * torch.rand(head_size // 2, generator=generator)
+    angles = torch.cat([angles, angles], 1)
+    decoder = Decoder(
+        random(vocab, hidden).to(caches), layers, norm(hidden), linear(vocab, hidden), heads, kv_heads,
+        angles.cos(), angles.sin(), head_size**-0.5, operands=2, **options,
+    )  # fmt: skip
+    shape = (rows, length, kv_heads, head_size)
+    return decoder, *([random(*shape).to(caches) for _ in layers] for _ in range(2))
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize(
+    ("rows", "tokens", "head_size", "kv_heads", "options"),
+    [
+        (3, 1, 32, 4, {}),
+        (1, 2, 16, 1, {"activation": "gelu_tanh"}),
+        (2, 3, 80, 2, {"embedding_scale": 1.5}),
+    ],
+)
+@torch.no_grad()
+def test_a_decoder_step(weights, rows, tokens, head_size, kv_heads, options):
+    caches = torch.float32 if weights is torch.float32 else torch.bfloat16
+    decoder, keys, values = decoder_case(weights, caches, head_size, kv_heads, **options)
+    fed = torch.randint(0, 111, (rows, tokens), generator=torch.Generator().manual_seed(1))
+    lengths = torch.tensor([0, 7, 23, 36, 12, 1])[: 2 * rows]
+    for kept in (*keys, *values):
+        for row, length in enumerate(lengths.tolist()):
+            kept[row, length:] = torch.nan
+    by_reference = [x.clone() for x in (*keys, *values)]
+    expected = reference.decoder_step(decoder, by_reference[:2], by_reference[2:], fed, lengths, torch.float64)
+    for isa in ISAS:
+        cpu._cpu.set_isa(isa)
+        own_keys, own_values = [[x.clone() for x in kept] for kept in (keys, values)]
+        step = DecoderStep(decoder, own_keys, own_values, "cpu")
+        logits = step(fed, lengths)
+        for own, theirs in zip((*own_keys, *own_values), by_reference, strict=True):
+            # A number halfway between two of bfloat16 goes the one way or the other.
+            assert torch.allclose(own.double(), theirs.double(), rtol=1e-2, atol=1e-2, equal_nan=True), isa
+        assert (logits - expected).abs().max() <= (2e-5 if caches is torch.float32 else 2e-2), isa
+        # Row after row, token after token: the same bits.
+        again = DecoderStep(decoder, [x.clone() for x in keys], [x.clone() for x in values])
+        for t in range(tokens):
+            assert torch.equal(again(fed[:1, t : t + 1], lengths[:2] + t), logits[:2, t : t + 1]), isa
+
+
+def test_a_decoder_step_names_what_it_cannot_run() -> None:
+    decoder, keys, values = decoder_case(torch.float32, torch.float32, 24, 2)
+    with pytest.raises(ValueError, match="decoder: its 4 heads of 24, 2 of keys, do not fit the core's vectors"):
+        DecoderStep(decoder, keys, values, "cpu")
+    step = DecoderStep(decoder, keys, values)
+    assert step.backend == "reference"
+    assert step(torch.tensor([[1]]), torch.tensor([0, 3])).shape == (2, 1, 111)
+    with pytest.raises(ValueError, match="backend: expected 'auto', 'cpu' or 'reference', got 'gpu'"):
+        DecoderStep(decoder, keys, values, "gpu")
+    with pytest.raises(ValueError, match="its activation is 'relu'"):
+        DecoderStep(decoder_case(torch.float32, torch.float32, 32, 2, activation="relu")[0], keys, values, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lengths", "message"),
+    [
+        (torch.tensor([[1, 2]]), torch.tensor([39, 3]), "lengths: expected at most 38 for 2 tokens more, got 39"),
+        (torch.tensor([[1]]), torch.tensor([-1, 3]), "lengths: expected at least 0, got -1"),
+        (torch.tensor([[111]]), torch.tensor([0, 3]), "tokens: expected ids from 0 to 110, got 111"),
+        (torch.tensor([[1]]), torch.tensor([0, 3, 4]), r"lengths: expected int64 \[2\], got int64 \[3\]"),
+        (torch.tensor([[1]] * 4), torch.tensor([0] * 8), "tokens: expected at most 3 rows, got 4"),
+        (torch.tensor([[1.0]]), torch.tensor([0, 3]), r"tokens: expected int64 \[n, T\], got float32 \[1, 1\]"),
+    ],
+)
+def test_a_decoder_step_reads_nothing_beyond_its_tensors(tokens, lengths, message) -> None:
+    step = DecoderStep(*decoder_case(torch.float32, torch.float32, 32, 2))
+    with pytest.raises(ValueError, match=message):
+        step(tokens, lengths)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_int8_weights_are_within_half_a_step(seed: int) -> None:
+    weight = torch.randn(17, 33, generator=torch.Generator().manual_seed(seed)) * 10.0 ** torch.arange(17)[:, None]
+    weight[3] = 0
+    int8, scales = quantize_int8(weight)
+    assert (int8.abs().amax(1) == torch.where(weight.abs().amax(1) > 0, 127, 0)).all()
+    assert ((int8 * scales[:, None] - weight).abs() <= scales[:, None] * 0.5001).all()

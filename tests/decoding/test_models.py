@@ -152,7 +152,7 @@ def test_a_row_begins_again_once_and_not_at_every_token(tokenizer, monkeypatch):
 def test_the_check_at_loading_is_sharp_enough(monkeypatch, fault):
     """Faults that a check of a few short rows would pass over."""
     model = model_of("phi3") if fault in ("rope", "threshold") else make_model("mistral", sliding_window=8)
-    assert not isinstance(checks.static_shapes(model), str)
+    assert not isinstance(checks.static_models(model), str)
     if fault == "padding":
         monkeypatch.setattr("genarm.decoding.forwards._left_padded", lambda rows: unmasked(rows))
     elif fault == "sliding window":
@@ -161,7 +161,7 @@ def test_the_check_at_loading_is_sharp_enough(monkeypatch, fault):
         monkeypatch.setattr(transformers_api, "embed_positions_by_row", lambda model: None)
     else:
         monkeypatch.setattr(transformers_api, "rope", lambda model: transformers_api.Rope(frozenset(), math.inf))
-    assert checks.static_shapes(model) == "its logits differ with static caches"
+    assert checks.static_models(model) == "its logits differ with static caches"
 
 
 def unmasked(rows):
@@ -201,13 +201,13 @@ class Strange(nn.Module):
 
 def test_an_error_of_the_models_is_its_reason_and_one_of_ours_speaks(monkeypatch):
     strange = Strange(AttributeError("no layer 7"))
-    assert checks.static_shapes(strange) == "static caches fail in it: AttributeError: no layer 7"
+    assert checks.static_models(strange) == "static caches fail in it: AttributeError: no layer 7"
     with pytest.raises(KeyboardInterrupt):
-        checks.static_shapes(Strange(KeyboardInterrupt()))
+        checks.static_models(Strange(KeyboardInterrupt()))
 
     monkeypatch.setattr(StaticForward, "_by_operand", None)
     with pytest.raises(TypeError, match="not callable"):
-        checks.static_shapes(make_model())
+        checks.static_models(make_model())
 
 
 def test_a_model_that_refuses_its_own_cache_is_decoded_without_one(tokenizer, caplog):

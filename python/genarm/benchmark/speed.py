@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ..decoding.decoder import GuidedDecoder
+from ..decoding.forwards import PlainForward, StaticForward
 from ..decoding.provision import ModelPath
 from ..errors import GenarmError
 from ..models import adapters, loading
@@ -67,9 +68,13 @@ METHODS = {
     "neither": "genarm, cuda_graph=False, streams=False",
     "separate": "genarm, share_weights=False",
     "compile": "genarm, compile=True",
+    "torch-linear": "genarm, linear='torch'",
+    "int8": "genarm, quantize='int8'",
+    "int8-base": "genarm without ARMs, quantize='int8'",
 }
 DEFAULT_METHODS = ("transformers", "naive", "base", "genarm")
 # Loops that wait for the host at every step run to fewer tokens: their steps cost the same, and take long.
+ALONE = ("transformers", "base", "int8-base")  # without ARMs
 SLOW, SLOW_TOKENS = ("transformers", "naive", "paper"), 64
 SAMPLING = {"temperature": 0.7, "top_p": 0.9}
 
@@ -210,14 +215,14 @@ class _Bench:
     def floor_bytes_of(self, method: str) -> int:
         """Weights that a step of the method has to read: an adapter's base is read once, unless it runs apart."""
         seen: dict[int, int] = {}
-        alone = method in ("transformers", "base")
-        for copy, model in enumerate([self._base, *([] if alone else self._arms.values())]):
+        for copy, model in enumerate([self._base, *([] if method in ALONE else self._arms.values())]):
             tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
             skipped = set() if tied else {id(x) for x in model.get_input_embeddings().parameters()}
             for parameter in model.parameters():
                 if id(parameter) not in skipped:
                     key = id(parameter) + (copy << 64 if method == "separate" else 0)
-                    seen[key] = parameter.nbytes
+                    int8 = method.startswith("int8") and parameter.dim() == 2
+                    seen[key] = parameter.numel() if int8 else parameter.nbytes
         return sum(seen.values())
 
     def measure(self, method: str, batch: int, read_gb_s: float) -> Measurement:
@@ -269,14 +274,18 @@ class _Bench:
         elif method == "paper":
             yield self._paper(prompts), None
         else:
-            options: dict[str, Any] = {
+            every: dict[str, dict[str, Any]] = {
                 "no-graph": {"cuda_graph": False},
                 "no-streams": {"streams": False},
                 "neither": {"cuda_graph": False, "streams": False},
                 "separate": {"share_weights": False},
                 "compile": {"compile": True},
-            }.get(method, {})
-            own_arms = {} if method == "base" else self._arms
+                "torch-linear": {"linear": "torch"},
+                "int8": {"quantize": "int8"},
+                "int8-base": {"quantize": "int8"},
+            }
+            options = every.get(method, {})
+            own_arms = {} if method in ALONE else self._arms
             decoder = GuidedDecoder(self._base, self._tokenizer, own_arms, **options)
             weights = dict.fromkeys(own_arms, 1.0)
             yield (
@@ -349,28 +358,30 @@ def _prompts(tokenizer: Any, length: int) -> list[str]:
 def _outside(decoder: GuidedDecoder, run: Callable[[], object]) -> float:
     """Percent of the time of decoding, from the second step on, that no model's forward takes."""
     spans: list[tuple[float, float]] = []
-    begun = [0.0]
 
-    def before(*_: Any) -> None:
-        begun[0] = time.perf_counter()
+    def timed(step: Any) -> Any:
+        def call(*args: Any) -> Any:
+            begun = time.perf_counter()
+            logits = step(*args)
+            spans.append((begun, time.perf_counter()))
+            return logits
 
-    def after(_: Any, args: Any, kwargs: Any, output: Any) -> None:
-        if kwargs["input_ids"].shape[1] == 1:
-            spans.append((begun[0], time.perf_counter()))
+        return call
 
-    hooks = []
-    models_ = decoder.forward_models
-    for model in models_:
-        hooks += [model.register_forward_pre_hook(before), model.register_forward_hook(after, with_kwargs=True)]
+    kinds: tuple[Any, ...] = (StaticForward, PlainForward)
+    own = [kind.step for kind in kinds]
     try:
+        for kind, step in zip(kinds, own, strict=True):
+            kind.step = timed(step)
         run()
     finally:
-        for hook in hooks:
-            hook.remove()
-    spans = spans[len(models_) :]
-    # From one step's first forward to the last step's: as many loops as there are forwards.
-    whole = spans[-len(models_)][0] - spans[0][0]
-    inside = sum(end - start for start, end in spans[: -len(models_)])
+        for kind, step in zip(kinds, own, strict=True):
+            kind.step = step
+    each = sum(not path.shared for path in decoder.paths)
+    # From the second step's first forward to the last step's: as many loops as there are forwards.
+    spans = spans[each:]
+    whole = spans[-each][0] - spans[0][0]
+    inside = sum(end - start for start, end in spans[:-each])
     return round(100 * (1 - inside / whole), 2)
 
 

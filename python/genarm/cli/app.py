@@ -91,6 +91,9 @@ def generate(
     device: Annotated[str, _models(help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[str, _models(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
     backend: Annotated[str, _models(help="auto (the fastest), or one that `genarm info` lists.")] = "auto",
+    quantize: Annotated[
+        str | None, _models(metavar="int8", help="int8: weights in half the bytes of bfloat16, on a CPU.")
+    ] = None,
     prompt: Annotated[list[str] | None, _input(metavar="TEXT", help="A prompt. Repeatable.")] = None,
     prompts: Annotated[
         Path | None,
@@ -163,6 +166,8 @@ def generate(
         "tokenizer": tokenizer,
     }
     settings |= {**sampling, "chat": chat, "dtype": dtype, "compare": compare}
+    if quantize:
+        settings["quantize"] = quantize
     if out:
         settings["identity"] = identities(base, arms, tokenizer)
     requests = make_requests(work, weights, seed, sampling)
@@ -175,7 +180,7 @@ def generate(
     done = results.done if results else 0
     try:
         if done < len(work):
-            decoder = load(base, arms, tokenizer, device, dtype, backend)
+            decoder = load(base, arms, tokenizer, device, dtype, backend, quantize)
             if chat or (chat is None and decoder.tokenizer.chat_template):
                 requests = [as_chat(one) for one in requests]
             with naming(work[done:]):
@@ -366,7 +371,7 @@ def info(
         lines.append((f"backend {name}", f"missing: {reason}" if reason else available))
     lines += [(f"model {name}", _size(bundled.path(name))) for name in bundled.NAMES]
     if base is not None or arm:
-        decoder = load(base, parse_arms(base, arm or [], [])[0], None, device, dtype, "auto")
+        decoder = load(base, parse_arms(base, arm or [], [])[0], None, device, dtype, "auto", None)
         decoder.generate("How?", max_new_tokens=4)  # a step is captured when it is run for the second time
         lines += [(f"path {path.model}", str(path)) for path in decoder.paths]
     for name, value in lines:

@@ -161,6 +161,7 @@ def load(
     device: str,
     dtype: str,
     backend: str,
+    quantize: str | None,
 ) -> "GuidedDecoder":
     quiet()
     from .. import bundled
@@ -173,4 +174,5 @@ def load(
         device=device,
         dtype=dtype,
         backend=backend,
+        quantize=quantize,
     )

@@ -35,9 +35,9 @@ _MODEL_ERRORS = (
 
 
 @torch.inference_mode()
-def static_shapes(model: Any) -> list[LayerShape] | str:
-    """The shapes of the model's KV caches, seen in a forward pass of a few tokens; or why `StaticForward` cannot run
-    it.
+def static_models(model: Any, linear: str) -> tuple[StaticModels, list[LayerShape]] | str:
+    """The model as `StaticForward` runs it, and the shapes of its KV caches, seen in a forward pass of a few tokens; or
+    why `StaticForward` cannot run it. With `linear` "auto", torch's linear layers are the second thing that is tried.
     """
     name = transformers_api.cache_argument(model)
     missing = {"position_ids", "attention_mask"} - transformers_api.parameters(model)
@@ -57,10 +57,23 @@ def static_shapes(model: Any) -> list[LayerShape] | str:
     found = attempt(shapes)
     if isinstance(found, str):
         return f"static caches fail in it: {found}"
-    wrong = attempt(lambda: differs(StaticModels(model), found, [model]))
-    if isinstance(wrong, str):
-        return f"static caches fail in it: {wrong}"
-    return "its logits differ with static caches" if wrong else found
+    models = same_logits(model, found, [model], linear)
+    return models if isinstance(models, str) else (models, found)
+
+
+def same_logits(model: Any, shapes: Sequence[LayerShape], alone: Sequence[Any], linear: str) -> StaticModels | str:
+    """The model with the fastest linear layers that give the logits of each operand's model `alone`, or why none do."""
+    wrong: Any = None
+    for kind in dict.fromkeys((linear, "torch")):
+        wrong = attempt(partial(_tried, model, shapes, alone, kind))
+        if isinstance(wrong, StaticModels):
+            return wrong
+    return f"static caches fail in it: {wrong}" if wrong else "its logits differ with static caches"
+
+
+def _tried(model: Any, shapes: Sequence[LayerShape], alone: Sequence[Any], linear: str) -> StaticModels | None:
+    models = StaticModels(model, shapes, linear)
+    return None if differs(models, shapes, alone) else models
 
 
 def plain_kind(model: Any) -> PlainKind:

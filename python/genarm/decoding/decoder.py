@@ -18,6 +18,7 @@ from ..arguments import arm_name, integer, real
 from ..errors import GenarmError
 from ..models import adapters, loading
 from ..text import TextStream
+from . import linears
 from .provision import ModelPath, Options, Provider
 from .request import Messages, PerPrompt, Request, Weights, encode, requests
 from .results import Decoded, GenerationResult, StreamEvent
@@ -53,6 +54,8 @@ class GuidedDecoder:
         cuda_graph: bool = True,
         share_weights: bool = True,
         compile: bool = False,
+        linear: str = "auto",
+        quantize: str | None = None,
     ) -> None:
         """From loaded transformers models; an ARM without a tokenizer of its own uses the base's.
 
@@ -63,8 +66,14 @@ class GuidedDecoder:
             share_weights: ARMs that are LoRA adapters of the base run as further rows of its forward pass, as the
                 adapters are when first used.
             compile: `torch.compile` for the forward of a step. Minutes the first time; kept on disk.
+            linear: on a CPU, "auto" decodes with the core's linear layers, which read the models' weights at the rate
+                of memory (whole steps of Llama, Mistral, Qwen 2 and 3 are one call), where the logits are the models'
+                own within rounding; "torch" with the models' own layers.
+            quantize: "int8" rounds the weights of all linear layers, the base's and the ARMs', to int8 times a scale of
+                each output: half the bytes of bfloat16, on a CPU. The given models stay as they are.
 
-        The last four change how fast the tokens come, not which. Models without static caches do without them.
+        Those from `streams` to `linear` change how fast the tokens come, not which. Models without static caches do
+        without them.
 
         Raises:
             GenarmError: tokenizers that give a shared id different strings (the first is named; where one of them
@@ -75,6 +84,9 @@ class GuidedDecoder:
         for name in tokenizers:
             arm_name(name, arms or {}, "arm_tokenizers")
         adapters.check_models(base, arms or {})
+        if quantize is not None:
+            base, *others = _quantized(quantize, [base, *(arms or {}).values()])
+            arms = dict(zip(arms or {}, others, strict=True))
         self._base = loading.LoadedModel(base.eval(), tokenizer)
         self._arms = {
             name: loading.LoadedModel(arm.eval(), tokenizers.get(name) or tokenizer)
@@ -87,7 +99,9 @@ class GuidedDecoder:
             {name: arm.model for name, arm in self._arms.items()},
             self.vocab_size,
             sorted(self._eos),
-            Options(_check_backend(backend, base.device.type), streams, cuda_graph, share_weights, compile),
+            Options(
+                _check_backend(backend, base.device.type), streams, cuda_graph, share_weights, compile, _linear(linear)
+            ),
         )
 
     @classmethod
@@ -101,7 +115,7 @@ class GuidedDecoder:
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
         backend: str = "auto",
-        **options: bool,
+        **options: Any,
     ) -> "GuidedDecoder":
         """Loads the base and its ARMs.
 
@@ -150,13 +164,6 @@ class GuidedDecoder:
     def arm_names(self) -> tuple[str, ...]:
         """The ARMs' names, in the order they were given."""
         return tuple(self._arms)
-
-    @property
-    def forward_models(self) -> list[Any]:
-        """The modules whose forwards make up a step, of one token a row: the base, which takes its adapters' rows with
-        it, then each ARM that has a forward of its own. To be watched by hooks, not called.
-        """
-        return [one.modules[-1] for one in self._provider.passes]
 
     @property
     def paths(self) -> list[ModelPath]:
@@ -405,6 +412,21 @@ def _check_backend(name: str, device_type: str) -> str:
     except (ValueError, RuntimeError) as error:
         raise GenarmError(str(error)) from error
     return name
+
+
+def _quantized(how: str, models: list[Any]) -> list[Any]:
+    if how != "int8":
+        raise GenarmError(f"quantize: expected None or 'int8', got {how!r}")
+    if other := {model.device.type for model in models} - {"cpu"}:
+        raise GenarmError(f"quantize: 'int8' is for CPUs, got a model on {other.pop()!r}")
+    done: dict[int, Any] = {}
+    return [linears.quantized(model, done) for model in models]
+
+
+def _linear(value: str) -> str:
+    if value not in ("auto", "torch"):
+        raise GenarmError(f"linear: expected 'auto' or 'torch', got {value!r}")
+    return value
 
 
 def _batch_size(value: int | None) -> int | None:

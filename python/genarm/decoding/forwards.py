@@ -22,8 +22,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from genarm_kernels.backends import cpu
+
 from ..models import loading, transformers_api
 from ..models.transformers_api import Cache, CacheLayerMixin
+from . import fused
+from .linears import replace_linears
 
 Prompts = Sequence[Sequence[Sequence[int]]]
 """Token ids by row, then by operand."""
@@ -163,6 +167,12 @@ class StaticForward:
         self._options: dict[str, Any] = {models.cache_argument: self._cache, "use_cache": True}
         self._starts = torch.arange(slots * operands, device=self.device) * length
         self._columns = torch.arange(length, device=self.device)
+        self._core: cpu.DecoderStep | None = None
+        if models.decoder is not None:
+            decoder = fused.with_positions(models.decoder, models.prefill, length)
+            caches = ([layer.keys for layer in self._cache.layers], [layer.values for layer in self._cache.layers])
+            if cpu.unsuited_decoder(decoder, *caches) is None:
+                self._core = cpu.DecoderStep(decoder, *caches)
 
     def prefill(self, slots: Sequence[int], prompts: Prompts) -> Tensor:
         ids, mask, places = _left_padded([ids for operands in prompts for ids in operands])
@@ -181,6 +191,8 @@ class StaticForward:
         return self._by_operand(outputs.logits[:, -1:])
 
     def step(self, tokens: Tensor, lengths: Tensor, covered: int) -> Tensor:
+        if self._core is not None:
+            return self._by_operand(self._core(tokens, lengths.flatten()))
         width = tokens.shape[1]
         places = lengths.to(self.device).flatten()[:, None] + self._columns[:width]
         rows = len(places)
@@ -221,23 +233,42 @@ class StaticForward:
 
 
 class StaticModels:
-    """A model as `StaticForward` calls it. Both are twins over the model's own weights, which stays as it is."""
+    """A model as `StaticForward` calls it: twins over the model's own weights, which stays as it is."""
 
-    def __init__(self, model: Any, fuse: bool = False) -> None:
+    def __init__(self, model: Any, shapes: Sequence[LayerShape], linear: str = "auto") -> None:
+        """`linear`: "auto", or "torch" for the model's own linear layers."""
         self.device = torch.device(model.device)
         self.cache_argument = transformers_api.cache_argument(model) or ""
         self.rope = transformers_api.rope(model)
-        self.compiled = fuse
-        self.prefill = loading.twin(model)
+        self.compiled = False
+        self.linear = linear if self.device.type == "cpu" and cpu.why_unavailable() is None else "torch"
+        self.decoder = None
+        if self.linear == "auto":
+            self.decoder = fused.describe(model, [shape.sliding_window for shape in shapes])
+        self.prefill = self._twin(model)
         if head := self.prefill.get_output_embeddings():
             # On a CPU torch copies the head's weights, a row at a time, for strided states: the last column of many.
             # A clone even of a single row, which counts as contiguous and is copied for all the same.
             head.register_forward_pre_hook(lambda _, args: (args[0].clone(memory_format=torch.contiguous_format),))
-        self.step_module = loading.twin(model)
-        transformers_api.set_attention(self.step_module, "genarm_decode")
-        for one in (self.prefill, self.step_module):
-            transformers_api.embed_positions_by_row(one)
-        self.step = _Compiled(self.step_module) if fuse else self.step_module
+        if self.decoder is None:
+            self.step = self._twin(model)
+            transformers_api.set_attention(self.step, "genarm_decode")
+
+    @property
+    def kind(self) -> str:
+        """Whose linear layers a step has; see `ModelPath.linear`."""
+        return "fused" if self.decoder is not None else "core" if self.linear == "auto" else "torch"
+
+    def compile(self) -> None:
+        """`torch.compile` for a step."""
+        self.step, self.compiled = _Compiled(self.step), True
+
+    def _twin(self, model: Any) -> Any:
+        twin = loading.twin(model)
+        transformers_api.embed_positions_by_row(twin)
+        if self.linear == "auto":
+            replace_linears(twin)
+        return twin
 
 
 class _Compiled:

@@ -1,33 +1,19 @@
 """ARMs that are LoRA adapters of the base, as further rows of the base's own forward pass.
 
 A row of the base and a row of each such ARM go through every layer together, so that each weight is read once for all
-of them; an adapter's low-rank part is added to the rows of its ARM alone:
-
-    y[i] = W x[i] + scale_i B_i A_i x[i],   without the second part for the base
+of them; an adapter's low-rank part is added to the rows of its ARM alone (`linears.py`).
 """
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch import nn
 
-from genarm_kernels.parameters import LayerPart, SharedLayer, WholeLayer
-from genarm_kernels.shared_linear import can_fuse, shared_linear
 from genarm_kernels.validation import OPERAND_DTYPES
 
 from ..models import loading
-
-
-class LowRank(NamedTuple):
-    """What an adapter adds to one linear layer: x -> up (down x)."""
-
-    down: Tensor
-    """`[r, in]`."""
-    up: Tensor
-    """`[out, r]`, the adapter's scale in it."""
+from .linears import LowRank, SharedLinear
 
 
 def low_rank_parts(base: Any, arm: Any) -> dict[str, LowRank] | None:
@@ -70,40 +56,8 @@ def share(base: Any, arms: Sequence[dict[str, LowRank]]) -> Any:
     for name in {name for parts in arms for name in parts}:
         parent, _, child = name.rpartition(".")
         layer = model.get_submodule(name)
-        setattr(model.get_submodule(parent), child, _SharedLinear(layer, [parts.get(name) for parts in arms]))
+        setattr(model.get_submodule(parent), child, SharedLinear(layer, [parts.get(name) for parts in arms]))
     return model
-
-
-class _SharedLinear(nn.Module):
-    def __init__(self, linear: Any, parts: Sequence[LowRank | None]) -> None:
-        super().__init__()
-        self.linear = linear
-        # Out of the modules, whose calls and lookups a CPU feels at every layer of every step.
-        plain = type(linear) is nn.Linear
-        call = partial(F.linear, weight=linear.weight, bias=linear.bias) if plain else linear
-
-        given = {operand: part for operand, part in enumerate(parts, start=1) if part is not None}
-        ranks = [len(part.down) for part in given.values()]
-        down = self._buffer("down", torch.cat([part.down for part in given.values()]))
-        up = self._buffer("up", torch.cat([part.up.t() for part in given.values()]))
-        own = [
-            LayerPart(operand, self._buffer(f"down{operand}", own_down), self._buffer(f"up{operand}", own_up))
-            for operand, own_down, own_up in zip(given, down.split(ranks), up.split(ranks), strict=True)
-        ]
-        whole, operands = None, 1 + len(parts)
-        if plain and can_fuse(linear.weight):
-            owners = torch.tensor(list(given), dtype=torch.int32).repeat_interleave(torch.tensor(ranks))
-            owners = self._buffer("owners", owners.to(down.device))
-            whole = WholeLayer(linear.weight, linear.bias, down, up, owners, operands)
-        self._layer = SharedLayer(call, own, operands, whole)
-
-    def _buffer(self, name: str, tensor: Tensor) -> Tensor:
-        """Which a twin shares."""
-        self.register_buffer(name, tensor, persistent=False)
-        return tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        return shared_linear(x, self._layer)
 
 
 def _plain(layer: Any) -> LowRank | None:

@@ -35,6 +35,7 @@ class Options:
     cuda_graph: bool
     share_weights: bool
     compile: bool
+    linear: str
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,14 @@ class ModelPath:
     compiled: bool
     captured: bool
     """Whether its steps are in a CUDA graph, as far as has been seen."""
+    linear: str
+    """Whose linear layers it has: "torch", "core" (the CPU core's, one call each), or "fused" (a step is one call)."""
 
     def __str__(self) -> str:
         if self.path == "plain":
             return f"plain loop: {self.why}" if self.why else "plain loop"
         more = {"in the base's forward pass": self.shared, "compiled": self.compiled, "in a CUDA graph": self.captured}
+        more |= {"the CPU core's linear layers": self.linear == "core", "fused steps": self.linear == "fused"}
         return ", ".join(["static caches", *(words for words, true in more.items() if true)])
 
 
@@ -73,11 +77,6 @@ class Pass:
     """`StaticModels`, or in the plain loop the model itself."""
     shapes: list[LayerShape]
     plain: PlainKind | None = None
-
-    @property
-    def modules(self) -> list[Any]:
-        """The one that runs at a step, last."""
-        return [self.models.prefill, self.models.step_module] if self.plain is None else [self.models]
 
     def bytes_per_token(self) -> int:
         return len(self.operands) * sum(shape.bytes_per_token for shape in self.shapes)
@@ -184,6 +183,7 @@ class Provider:
                 shared=i > 0 and 0 in of[i].operands,
                 compiled=self._fast and of[i].models.compiled,
                 captured=self._cuda_graph and self._fast,
+                linear=of[i].models.kind if self._fast else "torch",
             )
             for i, label in enumerate(self._models)
         ]
@@ -202,7 +202,8 @@ class Provider:
 
     def _plan(self) -> list[Pass]:
         base, *arms = self._models.values()
-        found = {label: checks.static_shapes(model) for label, model in self._models.items()}
+        linear = "torch" if self._options.compile else self._options.linear
+        found = {label: checks.static_models(model, linear) for label, model in self._models.items()}
         self._why = {label: why for label, why in found.items() if isinstance(why, str)}
         if self._why:
             kinds = [checks.plain_kind(model) for model in self._models.values()]
@@ -214,18 +215,22 @@ class Provider:
                 self._reasons(),
             )
             return [Pass([i], model, [], kinds[i]) for i, model in enumerate(self._models.values())]
-        shapes = [one for one in found.values() if not isinstance(one, str)]
+        static = [one for one in found.values() if not isinstance(one, str)]
+        models, shapes = [one for one, _ in static], [one for _, one in static]
         found_parts = {i: lora.low_rank_parts(base, arm) for i, arm in enumerate(arms, start=1)}
         parts = {i: part for i, part in found_parts.items() if part is not None and self._options.share_weights}
         with_base = list(parts)
-        joint = _joint(base, [arms[i - 1] for i in with_base], [parts[i] for i in with_base], shapes[0])
+        joint = _joint(base, [arms[i - 1] for i in with_base], [parts[i] for i in with_base], shapes[0], linear)
         if joint is None:
-            with_base, joint = [], base
-        alone = [(i, arm) for i, arm in enumerate(arms, start=1) if i not in with_base]
-        return [
-            Pass(operands, StaticModels(model, self._options.compile), shapes[operands[0]])
-            for operands, model in [([0, *with_base], joint), *(([i], arm) for i, arm in alone)]
-        ]
+            with_base = []
+        else:
+            models[0] = joint
+        alone = [i for i in range(1, len(models)) if i not in with_base]
+        passes = [Pass([0, *with_base], models[0], shapes[0]), *(Pass([i], models[i], shapes[i]) for i in alone)]
+        if self._options.compile:
+            for one in passes:
+                one.models.compile()
+        return passes
 
     def _slots_that_fit(self, passes: list[Pass], length: int) -> int:
         free = _free_bytes(self._device)
@@ -242,16 +247,16 @@ class Provider:
         return fit
 
 
-def _joint(base: Any, arms: Sequence[Any], parts: Sequence[dict[str, lora.LowRank]], shapes: list[LayerShape]) -> Any:
+def _joint(
+    base: Any, arms: Sequence[Any], parts: Sequence[dict[str, lora.LowRank]], shapes: list[LayerShape], linear: str
+) -> StaticModels | None:
     """The base with its adapters' rows in one pass, if each model's logits there are those that it gives alone."""
     if not arms:
         return None
-    model = lora.share(base, parts)
-    found = checks.attempt(lambda: checks.differs(StaticModels(model), shapes, [base, *arms]))
-    why = "its logits differ there" if found is True else found
-    if not why:
-        return model
-    _LOGGER.warning("adapters run apart from the base, for which a pass with their rows does not work: %s", why)
+    found = checks.same_logits(lora.share(base, parts), shapes, [base, *arms], linear)
+    if isinstance(found, StaticModels):
+        return found
+    _LOGGER.warning("adapters run apart from the base, for which a pass with their rows does not work: %s", found)
     return None
 
 

@@ -1,0 +1,89 @@
+"""A model's step as one call of the CPU core, where it is made of what the core knows: Llama, Mistral, Qwen 2 and 3."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from genarm_kernels.backends import cpu
+from genarm_kernels.layers import Decoder, DecoderLayer, Linear, Norm
+
+from ..models import transformers_api
+from .linears import SharedLinear
+
+_MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+def describe(model: Any, sliding_windows: Sequence[int | None]) -> Decoder | None:
+    """The model by its parts, with tables of no positions; None where it is none that is known, or was changed."""
+    known = type(model).__name__ in _MODELS and type(model).__module__.startswith("transformers.models.")
+    if not known or not transformers_api.rope(model).constant or any(map(_altered, model.modules())):
+        return None
+    config, stack = model.config, model.model
+    if config.hidden_act not in _ACTIVATIONS:
+        return None
+    operands = {1}
+
+    def linear(layer: Any) -> Linear:
+        if not isinstance(layer, SharedLinear):
+            layer = SharedLinear(layer)
+        if layer.layer is None:
+            raise _UnknownError
+        operands.add(layer.operands)
+        return layer.layer
+
+    def norm(layer: Any) -> Norm:
+        return Norm(layer.weight.detach().float(), layer.variance_epsilon)
+
+    def head_norm(attention: Any, name: str) -> Norm | None:
+        return norm(getattr(attention, name)) if hasattr(attention, name) else None
+
+    try:
+        layers = [
+            DecoderLayer(
+                attention_norm=norm(layer.input_layernorm),
+                **{name: linear(getattr(layer.self_attn, f"{name}_proj")) for name in ("q", "k", "v", "o")},
+                q_norm=head_norm(layer.self_attn, "q_norm"),
+                k_norm=head_norm(layer.self_attn, "k_norm"),
+                mlp_norm=norm(layer.post_attention_layernorm),
+                **{name: linear(getattr(layer.mlp, f"{name}_proj")) for name in ("gate", "up", "down")},
+                sliding_window=window,
+            )
+            for layer, window in zip(stack.layers, sliding_windows, strict=True)
+        ]
+        head = linear(model.lm_head)
+    except _UnknownError:
+        return None
+    attention = stack.layers[0].self_attn
+    nothing = torch.empty(0, attention.head_dim)
+    decoder = Decoder(
+        embedding=stack.embed_tokens.weight.detach(),
+        layers=layers,
+        norm=norm(stack.norm),
+        head=head,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        cos=nothing,
+        sin=nothing,
+        attention_scale=attention.scaling,
+        activation=_ACTIVATIONS[config.hidden_act],
+        operands=max(operands),
+    )
+    return decoder if cpu.unsuited_decoder(decoder, [], []) is None else None
+
+
+def with_positions(decoder: Decoder, model: Any, length: int) -> Decoder:
+    """With the rotary embedding of the first `length` positions, as the model computes it, in float32."""
+    cos, sin = model.model.rotary_emb(torch.zeros(1), torch.arange(length)[None])
+    return decoder._replace(cos=cos[0].float().contiguous(), sin=sin[0].float().contiguous())
+
+
+class _UnknownError(Exception):
+    pass
+
+
+def _altered(module: Any) -> bool:
+    """Whether somebody watches or changes what the module does."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
