@@ -482,7 +482,7 @@ def test_decoder_profile_without_a_gpu(tmp_path, monkeypatch, capsys):
     assert paths == {"the base": "static", "ARM 'arm1'": "static"}
     assert "tiny + tiny" in capsys.readouterr().out
 
-    monkeypatch.setattr(checks, "static_shapes", lambda model: "planted")
+    monkeypatch.setattr(checks, "static_models", lambda model, linear: "planted")
     for wrong, message in (
         (["--steps", "0"], "--steps: expected at least 1"),
         (["--base", "./no"], "no such folder"),

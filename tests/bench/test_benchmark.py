@@ -99,7 +99,7 @@ def test_time_outside_of_the_forwards_is_seen(clock):
 
 
 def test_the_plain_loop_is_measured_only_where_allowed(monkeypatch):
-    monkeypatch.setattr(checks, "static_shapes", lambda model: "planted")
+    monkeypatch.setattr(checks, "static_models", lambda model, linear: "planted")
     message = r"transformers \d.*: the base: planted; ARM 'arm1': planted; --allow-plain measures all the same"
     with pytest.raises(GenarmError, match=message):
         bench(["wide"], methods=["transformers", "genarm"])

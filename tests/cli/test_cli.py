@@ -599,9 +599,9 @@ def test_info_says_how_given_models_are_run(genarm: Genarm, monkeypatch: pytest.
     assert (status, err, out.removeprefix(alone)) == (
         0,
         "",
-        "path the base     static caches\npath ARM 'kind'   static caches\n",
+        "path the base     static caches, fused steps\npath ARM 'kind'   static caches, fused steps\n",
     )
-    monkeypatch.setattr(checks, "static_shapes", lambda model: "planted")
+    monkeypatch.setattr(checks, "static_models", lambda model, linear: "planted")
     assert genarm("info --base base").out.removeprefix(alone) == "path the base     plain loop: planted\n"
     assert genarm("info --arm kind=nowhere/at/all").status == 2
 

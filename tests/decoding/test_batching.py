@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from genarm import GenarmError, GuidedDecoder, bundled, world
-from genarm.decoding import lora, provision
+from genarm.decoding import linears, lora, provision
 from genarm.decoding import scheduler as batching
 from genarm.decoding.engine import Begin, Drawn, Engine
 from genarm.decoding.forwards import StaticForward
@@ -162,10 +162,10 @@ def test_layers_in_one_launch_give_the_models_own_numbers(tokenizer, monkeypatch
         steps.append(x.shape[1] == 1)
         return steps[-1]
 
-    monkeypatch.setattr(lora, "can_fuse", lambda weight: True)
+    monkeypatch.setattr(linears, "can_fuse", lambda weight: True)
     monkeypatch.setattr(triton, "suits_shared_linear", fits)
-    monkeypatch.setattr(lora, "_plain", lambda layer: lora.LowRank(*(x.half() for x in plain(layer))))
-    decoder = GuidedDecoder(base, tokenizer, arms)
+    monkeypatch.setattr(lora, "_plain", lambda layer: linears.LowRank(*(x.half() for x in plain(layer))))
+    decoder = GuidedDecoder(base, tokenizer, arms, linear="torch")
     result = decoder.generate(PROMPTS[:3], weights={"a": 1.0, "b": -0.5}, max_new_tokens=4)
     assert [len(one.operands) for one in decoder._provider.passes] == [3]
     assert any(steps) and not all(steps)
@@ -174,14 +174,18 @@ def test_layers_in_one_launch_give_the_models_own_numbers(tokenizer, monkeypatch
 
 def test_shared_weights_are_read_once(tokenizer):
     base = make_model()
-    decoder = GuidedDecoder(base, tokenizer, {"a": adapter(base, 1), "b": adapter(base, 2)})
+    arms = {"a": adapter(base, 1), "b": adapter(base, 2)}
+    decoder = GuidedDecoder(base, tokenizer, arms, linear="torch")
     rows = []
     (one,) = decoder._provider.passes
-    for model in one.modules:
+    models = (one.models.prefill, one.models.step)
+    for model in models:
         model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
     decoder.generate(["a", "bc"], max_new_tokens=3)
     assert rows == [6, 6, 6]
-    assert all(model.lm_head.weight is base.lm_head.weight for model in one.modules)
+    assert all(model.lm_head.weight is base.lm_head.weight for model in models)
+    (fused,) = GuidedDecoder(base, tokenizer, arms)._provider.passes
+    assert fused.models.decoder.head.weight.data_ptr() == base.lm_head.weight.data_ptr()
 
 
 @pytest.mark.parametrize(
@@ -208,7 +212,8 @@ def test_layers_that_see_rows_in_another_shape_run_apart(tokenizer, caplog):
 
 def test_a_joint_pass_that_gives_other_logits_is_not_used(tokenizer, monkeypatch, caplog):
     base = make_model()
-    monkeypatch.setattr(lora._SharedLinear, "forward", lambda self, x: self.linear(x))  # forgets the adapters
+    share = lora.share
+    monkeypatch.setattr(lora, "share", lambda base, parts, core: share(base, [{} for _ in parts], core))  # forgets them
     decoder = GuidedDecoder(base, tokenizer, {"a": adapter(base, 1)})
     assert [len(one.operands) for one in decoder._provider.passes] == [1, 1]
     assert "its logits differ there" in caplog.text
@@ -216,9 +221,21 @@ def test_a_joint_pass_that_gives_other_logits_is_not_used(tokenizer, monkeypatch
 
 def test_what_runs_a_joint_pass_keeps_one_copy_of_the_adapters(tokenizer):
     base = make_model()
-    (joint,) = GuidedDecoder(base, tokenizer, {"a": adapter(base, 1)})._provider.passes
-    of = [{x.data_ptr() for x in (*model.parameters(), *model.buffers())} for model in joint.modules]
-    assert len(of) > 1 and all(one == of[0] for one in of)
+    arms = {"a": adapter(base, 1)}
+    (joint,) = GuidedDecoder(base, tokenizer, arms, linear="torch")._provider.passes
+    prefill, step = (
+        {x.data_ptr() for x in (*model.parameters(), *model.buffers())}
+        for model in (joint.models.prefill, joint.models.step)
+    )
+    assert prefill == step
+    # The CPU core's layers have the very weights of the base, and no copy of the adapters either.
+    (joint,) = GuidedDecoder(base, tokenizer, arms)._provider.passes
+    own = {x.data_ptr() for x in (*joint.models.prefill.parameters(), *joint.models.prefill.buffers())}
+    weights = {x.data_ptr() for x in base.parameters()}
+    for described, module in zip(joint.models.decoder.layers, joint.models.prefill.model.layers, strict=True):
+        for layer in (described.q, described.down, module.self_attn.q_proj.layer, module.mlp.down_proj.layer):
+            assert layer.weight.data_ptr() in weights
+            assert {x.data_ptr() for part in layer.parts for x in (part.down, part.up)} <= own
 
 
 def test_local_attention_runs_in_the_plain_loop(tokenizer, caplog):

@@ -86,12 +86,12 @@ def test_they_decode_on_the_fast_path() -> None:
         bundled.path("base"), {name: bundled.path(name) for name in world.ATTRIBUTES}
     )
     decoder.require_fast_path()
-    assert [str(path) for path in decoder.paths] == ["static caches"] * 3
+    assert [str(path) for path in decoder.paths] == ["static caches, fused steps"] * 3
 
 
 @pytest.mark.parametrize("show", [demo.show_texts, demo.show_speed])
 def test_the_demo_shows_nothing_of_another_path(show, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "static_shapes", lambda model: "planted")
+    monkeypatch.setattr(checks, "static_models", lambda model, linear: "planted")
     screen = io.StringIO()
     with pytest.raises(GenarmError, match="the base: planted"):
         show(Console(file=screen))

@@ -249,8 +249,8 @@ def test_the_base_is_as_it_was_after_the_checks(tokenizer):
 def test_static_models_of_one_base_do_not_share_frequencies():
     """They run on streams of their own, and one that is at its long factors must not change the other's."""
     model = model_of("phi3")
-    first, second = StaticModels(model), StaticModels(model)
-    ropes = [one.model.rotary_emb.rope for models in (first, second) for one in (models.prefill, models.step_module)]
+    first, second = StaticModels(model, []), StaticModels(model, [])
+    ropes = [one.model.rotary_emb.rope for models in (first, second) for one in (models.prefill, models.step)]
     assert len({one.inv_freq.data_ptr() for one in (*ropes, model.model.rotary_emb)}) == 5
 
 

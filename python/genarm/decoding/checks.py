@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..models import loading, transformers_api
 from ..models.transformers_api import Cache
-from .forwards import Forward, LayerShape, PlainForward, PlainKind, StaticForward, StaticModels, UnsuitedError
+from .forwards import LINEAR, Forward, LayerShape, PlainForward, PlainKind, StaticForward, StaticModels, UnsuitedError
 
 # Parameters times tokens of a forward that a check may cost: what a device computes in about half a second.
 _AFFORDABLE = {"cuda": 5e13}
@@ -35,9 +35,9 @@ _MODEL_ERRORS = (
 
 
 @torch.inference_mode()
-def static_models(model: Any, linear: str) -> tuple[StaticModels, list[LayerShape]] | str:
+def static_models(model: Any, linear: str = "auto") -> tuple[StaticModels, list[LayerShape]] | str:
     """The model as `StaticForward` runs it, and the shapes of its KV caches, seen in a forward pass of a few tokens; or
-    why `StaticForward` cannot run it. With `linear` "auto", torch's linear layers are the second thing that is tried.
+    why `StaticForward` cannot run it. `linear`: "auto", or "torch" for the model's own linear layers.
     """
     name = transformers_api.cache_argument(model)
     missing = {"position_ids", "attention_mask"} - transformers_api.parameters(model)
@@ -57,23 +57,31 @@ def static_models(model: Any, linear: str) -> tuple[StaticModels, list[LayerShap
     found = attempt(shapes)
     if isinstance(found, str):
         return f"static caches fail in it: {found}"
-    models = same_logits(model, found, [model], linear)
-    return models if isinstance(models, str) else (models, found)
+    models = same_logits(lambda _: model, found, [model], linear)
+    if isinstance(models, StaticModels):
+        return models, found
+    return f"static caches fail in it: {models}" if models else "its logits differ with static caches"
 
 
-def same_logits(model: Any, shapes: Sequence[LayerShape], alone: Sequence[Any], linear: str) -> StaticModels | str:
-    """The model with the fastest linear layers that give the logits of each operand's model `alone`, or why none do."""
+def same_logits(
+    make: Callable[[str], Any], shapes: Sequence[LayerShape], alone: Sequence[Any], linear: str
+) -> StaticModels | str | None:
+    """The model that `make` makes, with the fastest linear layers with which its logits are those that each operand's
+    model gives `alone`. Otherwise what was raised, in words, or None: the logits differ with all of them.
+    """
     wrong: Any = None
-    for kind in dict.fromkeys((linear, "torch")):
-        wrong = attempt(partial(_tried, model, shapes, alone, kind))
+    for kind in LINEAR if linear == "auto" else ("torch",):
+        wrong = attempt(partial(_tried, make, shapes, alone, kind))
         if isinstance(wrong, StaticModels):
             return wrong
-    return f"static caches fail in it: {wrong}" if wrong else "its logits differ with static caches"
+    return str(wrong) if wrong else None
 
 
-def _tried(model: Any, shapes: Sequence[LayerShape], alone: Sequence[Any], linear: str) -> StaticModels | None:
-    models = StaticModels(model, shapes, linear)
-    return None if differs(models, shapes, alone) else models
+def _tried(
+    make: Callable[[str], Any], shapes: Sequence[LayerShape], alone: Sequence[Any], linear: str
+) -> StaticModels | None:
+    models = StaticModels(make(linear), shapes, linear)
+    return None if models.kind != linear or differs(models, shapes, alone) else models
 
 
 def plain_kind(model: Any) -> PlainKind:

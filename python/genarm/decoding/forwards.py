@@ -169,7 +169,7 @@ class StaticForward:
         self._columns = torch.arange(length, device=self.device)
         self._core: cpu.DecoderStep | None = None
         if models.decoder is not None:
-            decoder = fused.with_positions(models.decoder, models.prefill, length)
+            decoder = fused.with_positions(models.decoder, models.prefill, length, operands)
             caches = ([layer.keys for layer in self._cache.layers], [layer.values for layer in self._cache.layers])
             if cpu.unsuited_decoder(decoder, *caches) is None:
                 self._core = cpu.DecoderStep(decoder, *caches)
@@ -232,19 +232,25 @@ class StaticForward:
         return logits.unflatten(0, (-1, self.operands))
 
 
+LINEAR = ("fused", "core", "torch")
+"""Whose linear layers a step may have, the fastest first."""
+
+
 class StaticModels:
     """A model as `StaticForward` calls it: twins over the model's own weights, which stays as it is."""
 
-    def __init__(self, model: Any, shapes: Sequence[LayerShape], linear: str = "auto") -> None:
-        """`linear`: "auto", or "torch" for the model's own linear layers."""
+    def __init__(self, model: Any, shapes: Sequence[LayerShape], linear: str = "torch") -> None:
+        """`linear`: one of `LINEAR`; what cannot be had is the next one (`kind`)."""
         self.device = torch.device(model.device)
         self.cache_argument = transformers_api.cache_argument(model) or ""
         self.rope = transformers_api.rope(model)
         self.compiled = False
-        self.linear = linear if self.device.type == "cpu" and cpu.why_unavailable() is None else "torch"
+        self.kind = linear if self.device.type == "cpu" and cpu.why_unavailable() is None else "torch"
+        """Whose linear layers a step has, see `ModelPath.linear`."""
         self.decoder = None
-        if self.linear == "auto":
+        if self.kind == "fused":
             self.decoder = fused.describe(model, [shape.sliding_window for shape in shapes])
+            self.kind = "core" if self.decoder is None else "fused"
         self.prefill = self._twin(model)
         if head := self.prefill.get_output_embeddings():
             # On a CPU torch copies the head's weights, a row at a time, for strided states: the last column of many.
@@ -254,11 +260,6 @@ class StaticModels:
             self.step = self._twin(model)
             transformers_api.set_attention(self.step, "genarm_decode")
 
-    @property
-    def kind(self) -> str:
-        """Whose linear layers a step has; see `ModelPath.linear`."""
-        return "fused" if self.decoder is not None else "core" if self.linear == "auto" else "torch"
-
     def compile(self) -> None:
         """`torch.compile` for a step."""
         self.step, self.compiled = _Compiled(self.step), True
@@ -266,7 +267,7 @@ class StaticModels:
     def _twin(self, model: Any) -> Any:
         twin = loading.twin(model)
         transformers_api.embed_positions_by_row(twin)
-        if self.linear == "auto":
+        if self.kind != "torch":
             replace_linears(twin)
         return twin
 

@@ -23,14 +23,12 @@ def describe(model: Any, sliding_windows: Sequence[int | None]) -> Decoder | Non
     config, stack = model.config, model.model
     if config.hidden_act not in _ACTIVATIONS:
         return None
-    operands = {1}
 
     def linear(layer: Any) -> Linear:
         if not isinstance(layer, SharedLinear):
             layer = SharedLinear(layer)
         if layer.layer is None:
             raise _UnknownError
-        operands.add(layer.operands)
         return layer.layer
 
     def norm(layer: Any) -> Norm:
@@ -68,15 +66,16 @@ def describe(model: Any, sliding_windows: Sequence[int | None]) -> Decoder | Non
         sin=nothing,
         attention_scale=attention.scaling,
         activation=_ACTIVATIONS[config.hidden_act],
-        operands=max(operands),
     )
     return decoder if cpu.unsuited_decoder(decoder, [], []) is None else None
 
 
-def with_positions(decoder: Decoder, model: Any, length: int) -> Decoder:
-    """With the rotary embedding of the first `length` positions, as the model computes it, in float32."""
+def with_positions(decoder: Decoder, model: Any, length: int, operands: int) -> Decoder:
+    """For rows of so many operands, with the rotary embedding of the first `length` positions in float32, as the model
+    computes it.
+    """
     cos, sin = model.model.rotary_emb(torch.zeros(1), torch.arange(length)[None])
-    return decoder._replace(cos=cos[0].float().contiguous(), sin=sin[0].float().contiguous())
+    return decoder._replace(cos=cos[0].float().contiguous(), sin=sin[0].float().contiguous(), operands=operands)
 
 
 class _UnknownError(Exception):

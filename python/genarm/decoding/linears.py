@@ -46,7 +46,8 @@ class Int8Linear(nn.Module):
 class SharedLinear(nn.Module):
     """A layer of a base, with what each ARM's adapter adds to it: None where that is nothing."""
 
-    def __init__(self, linear: Any, parts: Sequence[LowRank | None] = ()) -> None:
+    def __init__(self, linear: Any, parts: Sequence[LowRank | None] = (), core: bool = True) -> None:
+        """`core`: by the CPU core, where it takes the layer."""
         super().__init__()
         self.linear = linear
         given = {operand: part for operand, part in enumerate(parts, start=1) if part is not None}
@@ -67,18 +68,17 @@ class SharedLinear(nn.Module):
                 whole = WholeLayer(linear.weight, linear.bias, down, up, owners, self.operands)
         self.layer: Linear | None = None
         """As the CPU core takes it."""
-        core = None
         # Out of the modules, whose calls and lookups a CPU feels at every layer of every step.
         call = linear.forward if type(linear) is nn.Linear else linear
-        if type(linear) in (nn.Linear, Int8Linear) and linear.weight.is_cpu:
-            bias = linear.bias
-            if bias is not None:
-                bias = self._buffer("core_bias", bias.detach().float())
-            # Of the weights an alias: should the model be moved, the core has an address that is still its own.
-            self.layer = Linear(linear.weight.detach(), bias, getattr(linear, "scales", None), own)
-            core = cpu.linear(self.layer, self.operands)
+        by_core = None
+        if core and type(linear) in (nn.Linear, Int8Linear) and linear.weight.is_cpu:
+            # An alias: should the model be moved, the core has an address that is still its own.
+            weight = self._buffer("core_weight", linear.weight.detach())
+            bias = None if linear.bias is None else self._buffer("core_bias", linear.bias.detach().float())
+            self.layer = Linear(weight, bias, getattr(linear, "scales", None), own)
+            by_core = cpu.linear(self.layer, self.operands)
             call = cpu.many_rows_of(linear.weight, linear.bias, self.layer.scales)
-        self._shared = SharedLayer(call, own, self.operands, whole, core)
+        self._shared = SharedLayer(call, own, self.operands, whole, by_core)
 
     def _buffer(self, name: str, tensor: Tensor) -> Tensor:
         """Which a twin shares."""

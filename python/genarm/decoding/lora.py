@@ -50,13 +50,13 @@ def low_rank_parts(base: Any, arm: Any) -> dict[str, LowRank] | None:
     return parts if others == weights else None
 
 
-def share(base: Any, arms: Sequence[dict[str, LowRank]]) -> Any:
+def share(base: Any, arms: Sequence[dict[str, LowRank]], core: bool = True) -> Any:
     """A model whose batch is base, ARM 1, ..., ARM N, base, ARM 1, ..., over the weights of `base`."""
     model = loading.twin(base)
     for name in {name for parts in arms for name in parts}:
         parent, _, child = name.rpartition(".")
         layer = model.get_submodule(name)
-        setattr(model.get_submodule(parent), child, SharedLinear(layer, [parts.get(name) for parts in arms]))
+        setattr(model.get_submodule(parent), child, SharedLinear(layer, [parts.get(name) for parts in arms], core))
     return model
 
 

@@ -96,6 +96,7 @@ class Provider:
         self._granularity = _GRANULARITY.get(self._device.type, _GRANULARITY_ELSEWHERE)
         self._cuda_graph = options.cuda_graph and self._device.type == "cuda"  # until a model cannot be captured
         self._passes: list[Pass] | None = None
+        self._addresses: list[int] = []
         self._why: dict[str, str] = {}  # a model has no static caches
         self._kept: Engine | None = None
         self._kept_is_full = False  # memory gave it fewer slots than were asked for
@@ -166,9 +167,13 @@ class Provider:
 
     @property
     def passes(self) -> list[Pass]:
-        """Decided once: which ARMs share the base's pass, and whether static caches work in every model."""
-        if self._passes is None:
-            self._passes = self._plan()
+        """Decided once for models that stay where they are: which ARMs share the base's pass, and whether static caches
+        work in every model.
+        """
+        # A CPU's core reads weights by their addresses, which change when a model is moved or converted.
+        addresses = [x.data_ptr() for model in self._models.values() for x in model.parameters()]
+        if self._passes is None or addresses != self._addresses:
+            self._kept, self._passes, self._addresses = None, self._plan(), addresses
         return self._passes
 
     @property
@@ -253,10 +258,17 @@ def _joint(
     """The base with its adapters' rows in one pass, if each model's logits there are those that it gives alone."""
     if not arms:
         return None
-    found = checks.same_logits(lora.share(base, parts), shapes, [base, *arms], linear)
+
+    def make(kind: str) -> Any:
+        return lora.share(base, parts, core=kind != "torch")
+
+    found = checks.same_logits(make, shapes, [base, *arms], linear)
     if isinstance(found, StaticModels):
         return found
-    _LOGGER.warning("adapters run apart from the base, for which a pass with their rows does not work: %s", found)
+    _LOGGER.warning(
+        "adapters run apart from the base, for which a pass with their rows does not work: %s",
+        found or "its logits differ there",
+    )
     return None
 
 
