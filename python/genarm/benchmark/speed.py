@@ -25,7 +25,7 @@ from ..decoding.decoder import GuidedDecoder
 from ..decoding.provision import ModelPath
 from ..errors import GenarmError
 from ..models import adapters, loading
-from . import naive, report
+from . import llama_cpp, naive, report
 from .machine import machine, read_bandwidth
 
 LLAMA_2 = {"model_type": "llama", "vocab_size": 32000}
@@ -67,10 +67,16 @@ METHODS = {
     "neither": "genarm, cuda_graph=False, streams=False",
     "separate": "genarm, share_weights=False",
     "compile": "genarm, compile=True",
+    "llama.cpp": "llama.cpp, where llama-cpp-python is installed: a context for each model; CPU",
+    "llama.cpp-base": "llama.cpp without ARMs",
 }
 DEFAULT_METHODS = ("transformers", "naive", "base", "genarm")
 # Loops that wait for the host at every step run to fewer tokens: their steps cost the same, and take long.
 SLOW, SLOW_TOKENS = ("transformers", "naive", "paper"), 64
+OTHERS = (*SLOW, "llama.cpp", "llama.cpp-base")
+"""Loops that are not ours."""
+ALONE = ("transformers", "base", "llama.cpp-base")
+"""Methods without ARMs."""
 SAMPLING = {"temperature": 0.7, "top_p": 0.9}
 
 
@@ -127,7 +133,7 @@ def bench(
             raise GenarmError(f"no method is called {method!r}; there are {', '.join(METHODS)}")
     device = loading.resolve_device(device)
     bench_ = _Bench(base, arms, device, loading.resolve_dtype(dtype), prompt_tokens, new_tokens, rounds)
-    if not allow_plain and not set(methods) <= set(SLOW):
+    if not allow_plain and not set(methods) <= set(OTHERS):
         try:
             bench_.require_fast_path()
         except GenarmError as error:
@@ -156,7 +162,7 @@ def bench(
             try:
                 found = bench_.measure(method, batch, environment["read_gb_s"])
             except Exception as error:  # other people's loops raise what they like; the rest is measured
-                if method not in SLOW and not isinstance(error, (GenarmError, torch.OutOfMemoryError)):
+                if method not in OTHERS and not isinstance(error, (GenarmError, torch.OutOfMemoryError)):
                     failed = failed or error
                 console.print(f"{method}, batch {batch}: not measured: {loading.first_line(error)}")
                 continue
@@ -210,8 +216,7 @@ class _Bench:
     def floor_bytes_of(self, method: str) -> int:
         """Weights that a step of the method has to read: an adapter's base is read once, unless it runs apart."""
         seen: dict[int, int] = {}
-        alone = method in ("transformers", "base")
-        for copy, model in enumerate([self._base, *([] if alone else self._arms.values())]):
+        for copy, model in enumerate([self._base, *([] if method in ALONE else self._arms.values())]):
             tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
             skipped = set() if tied else {id(x) for x in model.get_input_embeddings().parameters()}
             for parameter in model.parameters():
@@ -263,11 +268,16 @@ class _Bench:
     def _run(self, method: str, batch: int) -> Iterator[tuple[Callable[[int], object], GuidedDecoder | None]]:
         """A function that decodes `batch` prompts to so many tokens, and the decoder of ours that it calls."""
         prompts = [self._prompts[b % len(self._prompts)] for b in range(batch)]
+        own_arms = {} if method in ALONE else self._arms
         if method in ("transformers", "naive"):
             arms = None if method == "transformers" else dict.fromkeys(self._arms.values(), 1.0)
             yield lambda new: naive.generate(self._base, self._tokenizer, prompts, arms, new, top_k=0, **SAMPLING), None
         elif method == "paper":
             yield self._paper(prompts), None
+        elif method in ("llama.cpp", "llama.cpp-base"):
+            ids = self._tokenizer(prompts)["input_ids"]
+            with llama_cpp.generation([self._base, *own_arms.values()], ids, self._new_tokens, **SAMPLING) as run:
+                yield run, None
         else:
             options: dict[str, Any] = {
                 "no-graph": {"cuda_graph": False},
@@ -276,7 +286,6 @@ class _Bench:
                 "separate": {"share_weights": False},
                 "compile": {"compile": True},
             }.get(method, {})
-            own_arms = {} if method == "base" else self._arms
             decoder = GuidedDecoder(self._base, self._tokenizer, own_arms, **options)
             weights = dict.fromkeys(own_arms, 1.0)
             yield (

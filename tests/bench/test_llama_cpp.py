@@ -1,0 +1,150 @@
+"""llama.cpp as a baseline of `genarm bench`: it decodes what the models themselves do, or says why it cannot."""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+
+from genarm import GenarmError
+from genarm.benchmark import llama_cpp, naive
+from genarm.benchmark import speed as benchmark
+from test_decoder import byte_tokenizer, make_model
+
+MISSING = [name for name in ("gguf", "llama_cpp") if importlib.util.find_spec(name) is None]
+needs_gguf = pytest.mark.skipif("gguf" in MISSING, reason=f"gguf is not installed: {llama_cpp.INSTALL}")
+needs_llama_cpp = pytest.mark.skipif(bool(MISSING), reason=f"{MISSING} not installed: {llama_cpp.INSTALL}")
+TINY = {"model_type": "llama", "vocab_size": 300, **benchmark._sizes(32, 64, 2, 2)}
+GREEDY = {"temperature": 1.0, "top_p": 0.0}
+KINDS = {"llama": {"num_key_value_heads": 1}, "qwen3": {"tie_word_embeddings": True}}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(benchmark.SHAPES, "tiny", TINY)
+    monkeypatch.setattr(benchmark, "read_bandwidth", lambda device: 10.0)
+
+
+def bench(**options):
+    return benchmark.bench("tiny", ["tiny"], batches=[2], prompt_tokens=9, new_tokens=5, rounds=1, **options)
+
+
+def lora(base, rank=2):
+    peft = pytest.importorskip("peft", reason="adapters need PEFT")
+    torch.manual_seed(3)
+    config = peft.LoraConfig(r=rank, target_modules="all-linear", init_lora_weights=False)
+    return peft.get_peft_model(llama_cpp.copy.deepcopy(base), config).eval()
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("arms", ["alone", "model", "lora"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_are_those_of_transformers(kind, arms):
+    """In float32, for prompts of different lengths; twice, as the benchmark runs it."""
+    base = make_model(kind, **KINDS[kind])
+    guides = {"alone": lambda: [], "model": lambda: [make_model(kind, seed=1)], "lora": lambda: [lora(base)]}[arms]()
+    base.generation_config.eos_token_id = None
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = "</s>"
+    prompts = ["How do I", "a", "bread, please"]
+    theirs = naive.generate(base, tokenizer, prompts, dict.fromkeys(guides, 1.0), 16, top_k=1)
+    with llama_cpp.generation([base, *guides], tokenizer(prompts)["input_ids"], 16, **GREEDY) as generate:
+        assert generate(16) == theirs.tolist()
+        assert generate(5) == theirs[:, :5].tolist()
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_it_draws_by_temperature_and_top_p(dtype):
+    """The only token of 20 drawn at once that top-p leaves, or many at a high temperature."""
+    base = make_model().to(getattr(torch, dtype))
+    prompts = [[5, 6, 7]] * 20
+    kinds = []
+    for temperature, top_p in ((1.0, 0.01), (100.0, 1.0)):
+        with llama_cpp.generation([base], prompts, 1, temperature=temperature, top_p=top_p) as generate:
+            kinds.append(len({row[0] for row in generate(1)}))
+    assert kinds[0] == 1 < 10 < kinds[1]
+
+
+@needs_gguf
+@pytest.mark.parametrize(
+    ("dtype", "quantize", "kind"),
+    [("float32", False, "F32"), ("float16", False, "F16"), ("bfloat16", False, "BF16"), ("bfloat16", True, "Q8_0")],
+)
+def test_a_file_has_the_weights_in_their_precision(dtype, quantize, kind, tmp_path):
+    import gguf
+
+    model = make_model("qwen3", tie_word_embeddings=False).to(getattr(torch, dtype))
+    llama_cpp.write_gguf(model, tmp_path / "a.gguf", quantize)
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
+    assert len(found) == len(list(model.parameters()))
+    wanted = {
+        "output.weight": model.lm_head.weight,
+        "token_embd.weight": model.model.embed_tokens.weight,
+        "blk.1.attn_q.weight": model.model.layers[1].self_attn.q_proj.weight,
+        "blk.1.ffn_down.weight": model.model.layers[1].mlp.down_proj.weight,
+    }
+    for name, weight in wanted.items():
+        assert found[name].tensor_type.name == kind
+        stored = torch.tensor(gguf.quants.dequantize(found[name].data, found[name].tensor_type))
+        bound = weight.detach().float().abs().max() / 127 if quantize else 0  # half a step, and its scale in float16
+        assert (stored - weight.detach().float()).abs().max() <= bound
+    assert {x.tensor_type.name for name, x in found.items() if "norm" in name} == {"F32"}
+
+
+@needs_llama_cpp
+def test_it_is_measured_beside_the_others(tiny):
+    alone, guided, _ = bench(device="cpu", methods=["llama.cpp-base", "llama.cpp", "base"])
+    assert [(one.method, one.batch, one.new_tokens) for one in (alone, guided)] == [
+        ("llama.cpp-base", 2, 5),
+        ("llama.cpp", 2, 5),
+    ]
+    weights = 2 * (2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32 + 32 * 300)  # bfloat16, less input embeddings
+    for one, models in ((alone, 1), (guided, 2)):
+        floor_ms = 1e3 * models * weights / 10e9
+        assert one.percent_of_floor == pytest.approx(100 * floor_ms / one.step_ms, abs=0.06)
+        assert one.paths is one.outside_percent is None
+
+
+@pytest.mark.parametrize("missing", ["llama_cpp", "gguf"])
+def test_without_it_the_others_are_measured(missing, tiny, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, missing, None)
+    if missing == "llama_cpp":
+        monkeypatch.setitem(sys.modules, "gguf", sys)  # whether or not it is there
+    results = bench(device="cpu", methods=["llama.cpp", "base", "llama.cpp-base"])
+    assert [one.method for one in results] == ["base"]
+    said = " ".join(capsys.readouterr().out.split())
+    for method in ("llama.cpp", "llama.cpp-base"):
+        reason = f"{method}, batch 2: not measured: llama.cpp needs {missing}, which is not installed: pip install"
+        assert reason in said
+
+
+def test_only_models_on_a_cpu():
+    with (
+        pytest.raises(GenarmError, match=r"llama\.cpp is measured on a CPU only: expected device cpu, got meta"),
+        llama_cpp.generation([make_model().to("meta")], [[1]], 1, **GREEDY),
+    ):
+        pass
+
+
+@needs_gguf
+@pytest.mark.parametrize(
+    ("model", "got"),
+    [
+        (lambda: make_model("gpt2"), "got gpt2"),
+        (
+            lambda: make_model(
+                rope_parameters={
+                    "rope_type": "linear",
+                    "factor": 2.0,
+                    "rope_theta": 1e4,
+                }
+            ),
+            "got llama",
+        ),
+    ],
+    ids=["gpt2", "scaled"],
+)
+def test_a_model_that_it_cannot_run_is_named(model, got, tmp_path):
+    with pytest.raises(GenarmError, match=rf"expected a model of llama, mistral, qwen3 .*{got}"):
+        llama_cpp.write_gguf(model(), tmp_path / "a.gguf")
