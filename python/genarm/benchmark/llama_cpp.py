@@ -9,6 +9,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -43,25 +44,21 @@ def generation(
     """
     if models[0].device.type != "cpu":
         raise GenarmError(f"llama.cpp is measured on a CPU only: expected device cpu, got {models[0].device}")
-    try:
-        import gguf as _
-        import llama_cpp
-    except ImportError as error:
-        raise GenarmError(f"llama.cpp needs {error.name}, which is not installed: {INSTALL}") from error
+    api = _package("llama_cpp")
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
-    llama_cpp.llama_backend_init()
+    api.llama_backend_init()
     threads = torch.get_num_threads()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
         contexts = []
         for i, model in enumerate(models):
             write_gguf(model, folder / f"{i}.gguf", quantize)
-            contexts.append(_Context(stack, folder / f"{i}.gguf", model, prompts, new_tokens, threads))
-        chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
-        stack.callback(llama_cpp.llama_sampler_free, chain)  # and the samplers in it
-        llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_temp(temperature))
-        llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_top_p(top_p, 1))
-        llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_dist(0))
+            contexts.append(_Context(api, stack, folder / f"{i}.gguf", model, prompts, new_tokens))
+        chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
+        stack.callback(api.llama_sampler_free, chain)  # and the samplers in it
+        api.llama_sampler_chain_add(chain, api.llama_sampler_init_temp(temperature))
+        api.llama_sampler_chain_add(chain, api.llama_sampler_init_top_p(top_p, 1))
+        api.llama_sampler_chain_add(chain, api.llama_sampler_init_dist(0))
         # Threads of PyTorch's that wait for its next operation would take the cores from llama.cpp's.
         torch.set_num_threads(1)
         stack.callback(torch.set_num_threads, threads)
@@ -76,7 +73,7 @@ def generation(
                 if arms:
                     base[:] = sum((arm.log_softmax(1) for arm in arms), base.log_softmax(1))
                 # Outputs counted from the last: the i-th from the front is the i-th token fed, not the i-th row.
-                drawn = [llama_cpp.llama_sampler_sample(chain, contexts[0].handle, b) for b in range(-len(rows), 0)]
+                drawn = [api.llama_sampler_sample(chain, contexts[0].handle, b) for b in range(-len(rows), 0)]
                 rows = [[token] for token in drawn]
                 for row, token in zip(tokens, drawn, strict=True):
                     row.append(token)
@@ -89,33 +86,31 @@ class _Context:
     """A GGUF file in llama.cpp, freed with `stack`: the weights, and a KV cache for every prompt."""
 
     def __init__(
-        self, stack: ExitStack, path: Path, model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, threads: int
+        self, api: Any, stack: ExitStack, path: Path, model: Any, prompts: Sequence[Sequence[int]], new_tokens: int
     ) -> None:
-        import llama_cpp
-
-        self._api = llama_cpp
+        self._api = api
         self._shape = (len(prompts), model.config.vocab_size)
-        options = llama_cpp.llama_model_default_params()
+        options = api.llama_model_default_params()
         options.n_gpu_layers = 0
-        weights = llama_cpp.llama_model_load_from_file(bytes(path), options)
+        weights = api.llama_model_load_from_file(bytes(path), options)
         if not weights:
             raise GenarmError(f"llama.cpp cannot load {type(model).__name__} as it was written")
-        stack.callback(llama_cpp.llama_model_free, weights)
+        stack.callback(api.llama_model_free, weights)
         fed = sum(map(len, prompts))
-        options = llama_cpp.llama_context_default_params()
+        options = api.llama_context_default_params()
         options.n_seq_max = len(prompts)
         options.n_ctx = len(prompts) * (max(map(len, prompts)) + new_tokens)
         options.n_batch = fed
-        options.n_threads = options.n_threads_batch = threads
+        options.n_threads = options.n_threads_batch = torch.get_num_threads()
         options.op_offload = False
         if model.dtype == torch.float32:  # otherwise llama.cpp's own default, float16
-            options.type_k = options.type_v = llama_cpp.GGML_TYPE_F32
-        self.handle = llama_cpp.llama_init_from_model(weights, options)
+            options.type_k = options.type_v = api.GGML_TYPE_F32
+        self.handle = api.llama_init_from_model(weights, options)
         if not self.handle:
             raise GenarmError(f"llama.cpp gives no context for {len(prompts)} prompts")
-        stack.callback(llama_cpp.llama_free, self.handle)
-        self._batch = llama_cpp.llama_batch_init(fed, 0, 1)
-        stack.callback(llama_cpp.llama_batch_free, self._batch)
+        stack.callback(api.llama_free, self.handle)
+        self._batch = api.llama_batch_init(fed, 0, 1)
+        stack.callback(api.llama_batch_free, self._batch)
         self.clear()
 
     def clear(self) -> None:
@@ -138,13 +133,19 @@ class _Context:
         return torch.from_numpy(np.ctypeslib.as_array(self._api.llama_get_logits(self.handle), self._shape))
 
 
+def _package(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise GenarmError(f"llama.cpp: {error}: {INSTALL}") from error
+
+
 def write_gguf(model: Any, path: Path, quantize: bool = False) -> None:
     """The model's weights in its own precision, a LoRA adapter merged into them; norms in float32, as llama.cpp wants.
 
     Without a tokenizer: llama.cpp is fed token ids.
     """
-    import gguf
-
+    gguf = _package("gguf")
     if hasattr(model, "merge_and_unload"):
         model = copy.deepcopy(model).merge_and_unload()
     config = model.config

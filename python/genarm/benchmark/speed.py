@@ -77,7 +77,7 @@ OTHERS = (*SLOW, "llama.cpp", "llama.cpp-base")
 """Loops that are not ours."""
 ALONE = ("transformers", "base", "llama.cpp-base")
 """Methods without ARMs."""
-SAMPLING = {"temperature": 0.7, "top_p": 0.9}
+SAMPLING: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9}
 
 
 @dataclass(frozen=True)
