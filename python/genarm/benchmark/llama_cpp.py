@@ -45,7 +45,7 @@ def generation(
     if models[0].device.type != "cpu":
         raise GenarmError(f"llama.cpp is measured on a CPU only: expected device cpu, got {models[0].device}")
     api = _package("llama_cpp")
-    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+    logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)  # what fails is said below
     api.llama_backend_init()
     threads = torch.get_num_threads()
     with ExitStack() as stack:
@@ -103,8 +103,9 @@ class _Context:
         options.n_batch = fed
         options.n_threads = options.n_threads_batch = torch.get_num_threads()
         options.op_offload = False
-        if model.dtype == torch.float32:  # otherwise llama.cpp's own default, float16
+        if model.dtype == torch.float32:  # llama.cpp's cache is float16 otherwise, and so is its flash attention
             options.type_k = options.type_v = api.GGML_TYPE_F32
+            options.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.handle = api.llama_init_from_model(weights, options)
         if not self.handle:
             raise GenarmError(f"llama.cpp gives no context for {len(prompts)} prompts")
