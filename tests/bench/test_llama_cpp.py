@@ -1,5 +1,6 @@
 """llama.cpp as a baseline of `genarm bench`: it decodes what the models themselves do, or says why it cannot."""
 
+import copy
 import importlib.util
 import sys
 from unittest.mock import MagicMock
@@ -16,6 +17,7 @@ MISSING = [name for name in ("gguf", "llama_cpp") if importlib.util.find_spec(na
 needs_gguf = pytest.mark.skipif("gguf" in MISSING, reason=f"gguf is not installed: {llama_cpp.INSTALL}")
 needs_llama_cpp = pytest.mark.skipif(bool(MISSING), reason=f"{MISSING} not installed: {llama_cpp.INSTALL}")
 TINY = {"model_type": "llama", "vocab_size": 300, **benchmark._sizes(32, 64, 2, 2)}
+SCALED = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
 GREEDY = {"temperature": 1.0, "top_p": 0.0}
 KINDS = {"llama": {"num_key_value_heads": 1}, "qwen3": {"tie_word_embeddings": True}}
 
@@ -34,7 +36,7 @@ def lora(base, rank=2):
     peft = pytest.importorskip("peft", reason="adapters need PEFT")
     torch.manual_seed(3)
     config = peft.LoraConfig(r=rank, target_modules="all-linear", init_lora_weights=False)
-    return peft.get_peft_model(llama_cpp.copy.deepcopy(base), config).eval()
+    return peft.get_peft_model(copy.deepcopy(base), config).eval()
 
 
 @needs_llama_cpp
@@ -107,16 +109,24 @@ def test_it_is_measured_beside_the_others(tiny):
         assert one.paths is one.outside_percent is None
 
 
-@pytest.mark.parametrize("missing", ["llama_cpp", "gguf"])
-def test_without_it_the_others_are_measured(missing, tiny, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "llama_cpp", MagicMock())  # whether or not it is there
-    monkeypatch.setitem(sys.modules, missing, None)
+@pytest.mark.parametrize(
+    ("modules", "reason"),
+    [
+        ({"llama_cpp": None}, "llama.cpp: import of llama_cpp halted"),
+        ({"llama_cpp": MagicMock(), "gguf": None}, "llama.cpp: import of gguf halted"),
+        ({"llama_cpp": MagicMock(llama_backend_init=MagicMock(side_effect=OSError("planted")))}, "planted"),
+    ],
+    ids=["llama-cpp-python", "gguf", "broken"],
+)
+def test_where_it_does_not_run_the_others_are_measured(modules, reason, tiny, monkeypatch, capsys):
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
     results = bench(device="cpu", methods=["llama.cpp", "base", "llama.cpp-base"])
     assert [one.method for one in results] == ["base"]
     said = " ".join(capsys.readouterr().out.split())
     for method in ("llama.cpp", "llama.cpp-base"):
-        assert f"{method}, batch 2: not measured: llama.cpp: import of {missing} halted" in said
-    assert said.count("pip install llama-cpp-python gguf") == 2
+        assert f"{method}, batch 2: not measured: {reason}" in said
+    assert said.count(llama_cpp.INSTALL) == (0 if reason == "planted" else 2)
 
 
 def test_only_models_on_a_cpu():
@@ -132,16 +142,7 @@ def test_only_models_on_a_cpu():
     ("model", "got"),
     [
         (lambda: make_model("gpt2"), "got gpt2"),
-        (
-            lambda: make_model(
-                rope_parameters={
-                    "rope_type": "linear",
-                    "factor": 2.0,
-                    "rope_theta": 1e4,
-                }
-            ),
-            "got llama",
-        ),
+        (lambda: make_model(rope_parameters=SCALED), "got llama"),
     ],
     ids=["gpt2", "scaled"],
 )
