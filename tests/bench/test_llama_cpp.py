@@ -96,7 +96,7 @@ def test_a_file_has_the_weights_in_their_precision(dtype, quantize, kind, tmp_pa
 
 
 @needs_llama_cpp
-def test_it_is_measured_beside_the_others(tiny):
+def test_it_is_measured_beside_the_others(tiny, capsys):
     alone, guided, _ = bench(device="cpu", methods=["llama.cpp-base", "llama.cpp", "base"])
     assert [(one.method, one.batch, one.new_tokens) for one in (alone, guided)] == [
         ("llama.cpp-base", 2, 5),
@@ -107,6 +107,7 @@ def test_it_is_measured_beside_the_others(tiny):
         floor_ms = 1e3 * models * weights / 10e9
         assert one.percent_of_floor == pytest.approx(100 * floor_ms / one.step_ms, abs=0.06)
         assert one.paths is one.outside_percent is None
+    assert "│ llama.cpp-base │" in capsys.readouterr().out  # though the table is narrow
 
 
 @pytest.mark.parametrize(
