@@ -2,17 +2,20 @@
 
 import functools
 import json
+import re
 import subprocess
 from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
 import torch
+import typer
 from transformers import LlamaForCausalLM
 
 from genarm import GenarmError, GuidedDecoder
 from genarm.benchmark import machine, naive
 from genarm.benchmark import speed as benchmark
+from genarm.cli.app import app
 from genarm.decoding import checks
 from genarm.decoding.engine import Engine
 from test_decoder import byte_tokenizer, make_model
@@ -119,6 +122,11 @@ def test_a_commit_is_the_package_s_own(tmp_path, monkeypatch):
         monkeypatch.setattr(machine, "__file__", str(tmp_path / folder / "benchmark/machine.py"))
         (tmp_path / folder).mkdir(parents=True)
         assert machine.commit() == commit
+
+
+def test_the_command_line_names_every_method():
+    (option,) = (one for one in typer.main.get_command(app).commands["bench"].params if one.name == "method")
+    assert set(re.split(r"[,:;]? |\.$", option.help)) >= set(benchmark.METHODS)
 
 
 def test_what_cannot_be_measured_is_said():

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+VERSIONS = ("genarm-kernels", "torch", "transformers", "triton", "llama-cpp-python")
+
 
 def machine(device: str) -> dict[str, Any]:
     """Where and with what a figure is measured, for the record that keeps it."""
@@ -20,7 +22,7 @@ def machine(device: str) -> dict[str, Any]:
         "machine": f"{cpu_model()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("genarm-kernels", "torch", "transformers", "triton")},
+        **{name: _version(name) for name in VERSIONS},
         "commit": commit(),
         "load_before": round(os.getloadavg()[0], 2),
     }

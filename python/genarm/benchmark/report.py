@@ -15,7 +15,8 @@ def table(results: Sequence["Measurement"]) -> Table:
     columns = ["method", "batch", "tokens/s", "ms a step", "% of floor", "first token, ms", "memory, GiB"]
     columns += ["outside forwards"]
     for column in columns:
-        shown.add_column(column, justify="left" if column == "method" else "right")
+        name = column == "method"
+        shown.add_column(column, justify="left" if name else "right", no_wrap=name)
     gpu = any(one.synchronisations is not None for one in results)
     if gpu:
         shown.add_column("waits a token", justify="right")

@@ -26,7 +26,7 @@ from ..decoding.forwards import PlainForward, StaticForward
 from ..decoding.provision import ModelPath
 from ..errors import GenarmError
 from ..models import adapters, loading
-from . import naive, report
+from . import llama_cpp, naive, report
 from .machine import machine, read_bandwidth
 
 LLAMA_2 = {"model_type": "llama", "vocab_size": 32000}
@@ -71,12 +71,17 @@ METHODS = {
     "torch-linear": "genarm, linear='torch'",
     "int8": "genarm, quantize='int8'",
     "int8-base": "genarm without ARMs, quantize='int8'",
+    "llama.cpp": "llama.cpp, where llama-cpp-python is installed: a context for each model; CPU",
+    "llama.cpp-base": "llama.cpp without ARMs",
 }
 DEFAULT_METHODS = ("transformers", "naive", "base", "genarm")
 # Loops that wait for the host at every step run to fewer tokens: their steps cost the same, and take long.
-ALONE = ("transformers", "base", "int8-base")  # without ARMs
 SLOW, SLOW_TOKENS = ("transformers", "naive", "paper"), 64
-SAMPLING = {"temperature": 0.7, "top_p": 0.9}
+OTHERS = (*SLOW, "llama.cpp", "llama.cpp-base")
+"""Loops that are not ours."""
+ALONE = ("transformers", "base", "int8-base", "llama.cpp-base")
+"""Methods without ARMs."""
+SAMPLING: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9}
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,7 @@ def bench(
             raise GenarmError(f"no method is called {method!r}; there are {', '.join(METHODS)}")
     device = loading.resolve_device(device)
     bench_ = _Bench(base, arms, device, loading.resolve_dtype(dtype), prompt_tokens, new_tokens, rounds)
-    if not allow_plain and not set(methods) <= set(SLOW):
+    if not allow_plain and not set(methods) <= set(OTHERS):
         try:
             bench_.require_fast_path()
         except GenarmError as error:
@@ -161,7 +166,7 @@ def bench(
             try:
                 found = bench_.measure(method, batch, environment["read_gb_s"])
             except Exception as error:  # other people's loops raise what they like; the rest is measured
-                if method not in SLOW and not isinstance(error, (GenarmError, torch.OutOfMemoryError)):
+                if method not in OTHERS and not isinstance(error, (GenarmError, torch.OutOfMemoryError)):
                     failed = failed or error
                 console.print(f"{method}, batch {batch}: not measured: {loading.first_line(error)}")
                 continue
@@ -268,11 +273,16 @@ class _Bench:
     def _run(self, method: str, batch: int) -> Iterator[tuple[Callable[[int], object], GuidedDecoder | None]]:
         """A function that decodes `batch` prompts to so many tokens, and the decoder of ours that it calls."""
         prompts = [self._prompts[b % len(self._prompts)] for b in range(batch)]
+        own_arms = {} if method in ALONE else self._arms
         if method in ("transformers", "naive"):
             arms = None if method == "transformers" else dict.fromkeys(self._arms.values(), 1.0)
             yield lambda new: naive.generate(self._base, self._tokenizer, prompts, arms, new, top_k=0, **SAMPLING), None
         elif method == "paper":
             yield self._paper(prompts), None
+        elif method in ("llama.cpp", "llama.cpp-base"):
+            ids = self._tokenizer(prompts)["input_ids"]
+            with llama_cpp.generation([self._base, *own_arms.values()], ids, self._new_tokens, **SAMPLING) as run:
+                yield run, None
         else:
             every: dict[str, dict[str, Any]] = {
                 "no-graph": {"cuda_graph": False},
@@ -284,8 +294,8 @@ class _Bench:
                 "int8": {"quantize": "int8"},
                 "int8-base": {"quantize": "int8"},
             }
+            }
             options = every.get(method, {})
-            own_arms = {} if method in ALONE else self._arms
             decoder = GuidedDecoder(self._base, self._tokenizer, own_arms, **options)
             weights = dict.fromkeys(own_arms, 1.0)
             yield (
