@@ -294,7 +294,6 @@ class _Bench:
                 "int8": {"quantize": "int8"},
                 "int8-base": {"quantize": "int8"},
             }
-            }
             options = every.get(method, {})
             decoder = GuidedDecoder(self._base, self._tokenizer, own_arms, **options)
             weights = dict.fromkeys(own_arms, 1.0)
