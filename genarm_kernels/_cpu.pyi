@@ -18,7 +18,16 @@ class Linear:
 class DecoderStep:
     def __init__(self, *, decoder: dict[str, Any]) -> None: ...
     def __call__(
-        self, *, tokens: Tensor, lengths: Tensor, rows: int, count: int, logits: Tensor, threads: int
+        self,
+        *,
+        tokens: Tensor,
+        lengths: Tensor,
+        first: int,
+        rows: int,
+        count: int,
+        last: bool,
+        logits: Tensor,
+        threads: int,
     ) -> None: ...
 
 def isa() -> str | None: ...

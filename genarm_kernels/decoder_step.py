@@ -59,7 +59,7 @@ class DecoderStep:
         """
         self._check(tokens, lengths)
         if self._step is not None:
-            return self._step(tokens, lengths)
+            return self._step(tokens.repeat_interleave(self._decoder.operands, 0), lengths)
         return reference.decoder_step(self._decoder, self._keys, self._values, tokens, lengths)
 
     def _check(self, tokens: Tensor, lengths: Tensor) -> None:

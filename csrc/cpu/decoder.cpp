@@ -73,7 +73,7 @@ struct Group {
     to += row * x.inner_stride;
     for (int64_t i = 0; i < chunk % count; ++i) to += layers[static_cast<size_t>(i)]->rank();
     for (const Part& part : layer.parts) {
-      if (row / x.tokens % x.operands == part.operand) kernels.project(part, layer.in, x.x + row * x.x_stride, to);
+      if (x.operand(row) == part.operand) kernels.project(part, layer.in, x.x + row * x.x_stride, to);
       to += part.rank;
     }
   }
@@ -87,8 +87,8 @@ void run_linear(const Linear& layer, const LayerKernels& kernels, const genarm_e
   const int64_t width = padded(layer.in);
   std::vector<float> plain(static_cast<size_t>(rows * layer.in)), arranged(static_cast<size_t>(rows * width)),
       inner(static_cast<size_t>(rows * group.inner));
-  const Activations in{rows,  tokens,       operands,   plain.data(), layer.in, arranged.data(),
-                       width, inner.data(), group.inner};
+  const Activations in{rows,     tokens,          0,     operands,     plain.data(),
+                       layer.in, arranged.data(), width, inner.data(), group.inner};
   const WeightType type = static_cast<WeightType>(dtype);
   Phases phases;
   phases.run(executor, {static_cast<int>(rows), group.project_chunks(rows), group.chunks()}, [&](int phase, int chunk) {
@@ -129,19 +129,20 @@ class DecoderStep::Run {
     widest_ = padded(std::max({model_.hidden, model_.heads * model_.head_size, intermediate_}));
   }
 
-  void run(const genarm_executor& executor, const int64_t* tokens, const int64_t* lengths, int64_t rows, int64_t count,
-           float* logits) {
+  void run(const genarm_executor& executor, const int64_t* tokens, const int64_t* lengths, int64_t first, int64_t rows,
+           int64_t count, bool last, float* logits) {
     tokens_ = tokens;
     lengths_ = lengths;
+    first_ = first;
     logits_ = logits;
     const int64_t threads = executor.run ? executor.threads : 1;
     for (int64_t i = 0; i < rows; ++i) {
       if (lengths[i] < 0 || lengths[i] + count > model_.length) throw std::invalid_argument("a row outgrows its cache");
     }
-    for (int64_t i = 0; i < rows / model_.operands * count; ++i) {
+    for (int64_t i = 0; i < rows * count; ++i) {
       if (tokens[i] < 0 || tokens[i] >= model_.embeddings) throw std::invalid_argument("a token is out of range");
     }
-    if (rows != rows_ || count != count_ || threads != threads_) plan(rows, count, threads);
+    if (rows != rows_ || count != count_ || last != last_ || threads != threads_) plan(rows, count, last, threads);
     phases_.run(executor, chunks_, [this](int phase, int chunk) { work(steps_[static_cast<size_t>(phase)], chunk); });
   }
 
@@ -172,9 +173,10 @@ class DecoderStep::Run {
     Group qkv, o, gate_up, down;
   };
 
-  void plan(int64_t rows, int64_t count, int64_t threads) {
+  void plan(int64_t rows, int64_t count, bool last, int64_t threads) {
     rows_ = rows;
     count_ = count;
+    last_ = last;
     threads_ = threads;
     // As few parts of a row as keep all threads busy: what is read in one go is longer.
     head_blocks_ = std::min(model_.kv_heads, quotient_up(2 * threads, rows));
@@ -208,8 +210,9 @@ class DecoderStep::Run {
       add(Kind::kProjectDown, i, layer.down.project_chunks(all_));
       add(Kind::kDown, i, layer.down.chunks());
     }
-    add(Kind::kLastNorm, 0, each);
-    add(Kind::kProjectHead, 0, head_->project_chunks(all_));
+    const int64_t wanted = last ? rows : all_;
+    add(Kind::kLastNorm, 0, static_cast<int>(wanted));
+    add(Kind::kProjectHead, 0, head_->project_chunks(wanted));
     add(Kind::kHead, 0, head_->chunks());
   }
 
@@ -225,7 +228,7 @@ class DecoderStep::Run {
       case Kind::kEmbed:
         return embed(chunk);
       case Kind::kAttentionNorm:
-        return normalise(chunk, model_.layers[i].attention_norm, model_.layers[i].q.type);
+        return normalise(chunk, chunk, model_.layers[i].attention_norm, model_.layers[i].q.type);
       case Kind::kProjectQkv:
         return groups_[i].qkv.project(kernels_, normed(), chunk, inner_.data());
       case Kind::kQkv:
@@ -240,7 +243,7 @@ class DecoderStep::Run {
       case Kind::kO:
         return multiply(groups_[i].o, chunk, attended(), states_.data(), model_.hidden, true);
       case Kind::kMlpNorm:
-        return normalise(chunk, model_.layers[i].mlp_norm, model_.layers[i].gate.type);
+        return normalise(chunk, chunk, model_.layers[i].mlp_norm, model_.layers[i].gate.type);
       case Kind::kProjectGateUp:
         return groups_[i].gate_up.project(kernels_, normed(), chunk, inner_.data());
       case Kind::kGateUp:
@@ -250,25 +253,31 @@ class DecoderStep::Run {
       case Kind::kDown:
         return multiply(groups_[i].down, chunk, gated(), states_.data(), model_.hidden, true);
       case Kind::kLastNorm:
-        return normalise(chunk, model_.norm, model_.head.type);
+        return normalise(last_ ? (chunk + 1) * count_ - 1 : chunk, chunk, model_.norm, model_.head.type);
       case Kind::kProjectHead:
-        return head_->project(kernels_, normed(), chunk, inner_.data());
+        return head_->project(kernels_, ended(), chunk, inner_.data());
       case Kind::kHead:
-        return multiply(*head_, chunk, normed(), logits_, model_.vocab, false);
+        return multiply(*head_, chunk, ended(), logits_, model_.vocab, false);
     }
   }
 
   // What linear layers read. `arranged_` holds one after the other; what a chunk of `gate_up` makes, while others still
   // read there, has a place of its own.
   Activations reading(const std::vector<float>& x, int64_t stride, const std::vector<float>& arranged) const {
-    return {all_, count_, model_.operands, x.data(), stride, arranged.data(), widest_, inner_.data(), inner_stride_};
+    return {all_,   count_,          first_,  model_.operands, x.data(),
+            stride, arranged.data(), widest_, inner_.data(),   inner_stride_};
   }
   Activations normed() const { return reading(normed_, model_.hidden, arranged_); }
+  Activations ended() const {
+    Activations x = normed();
+    if (last_) x.rows = rows_, x.tokens = 1;
+    return x;
+  }
   Activations attended() const { return reading(heads_, heads_stride_, arranged_); }
   Activations gated() const { return reading(gate_, intermediate_, arranged_gated_); }
 
   void embed(int64_t row) {
-    const int64_t token = tokens_[row / count_ / model_.operands * count_ + row % count_];
+    const int64_t token = tokens_[row];
     float* const state = states_.data() + row * model_.hidden;
     const char* const from = static_cast<const char*>(model_.embedding);
     kernels_.widen(model_.embedding_type, from + token * model_.hidden * size_of(model_.embedding_type), model_.hidden,
@@ -278,9 +287,9 @@ class DecoderStep::Run {
     }
   }
 
-  void normalise(int64_t row, const Norm& norm, WeightType type) {
+  void normalise(int64_t from, int64_t row, const Norm& norm, WeightType type) {
     float* const x = normed_.data() + row * model_.hidden;
-    kernels_.rms_norm(states_.data() + row * model_.hidden, norm, model_.hidden, x);
+    kernels_.rms_norm(states_.data() + from * model_.hidden, norm, model_.hidden, x);
     kernels_.arrange(type, x, model_.hidden, arranged_.data() + row * widest_);
   }
 
@@ -299,7 +308,8 @@ class DecoderStep::Run {
     const int64_t first_kv = block * model_.kv_heads / head_blocks_,
                   last_kv = (block + 1) * model_.kv_heads / head_blocks_, kv_heads = last_kv - first_kv;
     const int64_t group = model_.heads / model_.kv_heads, stride = model_.kv_heads * size;
-    const int64_t bytes = size_of(model_.caches), start = (row * model_.length * stride + first_kv * size) * bytes;
+    const int64_t bytes = size_of(model_.caches),
+                  start = ((first_ + row) * model_.length * stride + first_kv * size) * bytes;
     char *const keys = static_cast<char*>(layer.keys) + start, *const values = static_cast<char*>(layer.values) + start;
     thread_local std::vector<float> scores;
     for (int64_t t = 0; t < count_; ++t) {
@@ -352,11 +362,12 @@ class DecoderStep::Run {
   std::vector<LayerGroups> groups_;
   std::unique_ptr<Group> head_;
   int64_t intermediate_ = 0, inner_stride_ = 0, heads_stride_ = 0, widest_ = 0;
-  int64_t rows_ = 0, count_ = 0, all_ = 0, threads_ = 0, head_blocks_ = 1;
+  int64_t first_ = 0, rows_ = 0, count_ = 0, all_ = 0, threads_ = 0, head_blocks_ = 1;
   std::vector<float> states_, normed_, arranged_, arranged_gated_, heads_, gate_, inner_;
   std::vector<Step> steps_;
   std::vector<int> chunks_;
   Phases phases_;
+  bool last_ = false;
   const int64_t* tokens_ = nullptr;
   const int64_t* lengths_ = nullptr;
   float* logits_ = nullptr;
@@ -366,9 +377,9 @@ DecoderStep::DecoderStep(Decoder decoder, const LayerKernels& kernels)
     : run_(std::make_unique<Run>(std::move(decoder), kernels)) {}
 DecoderStep::~DecoderStep() = default;
 
-void DecoderStep::run(const genarm_executor& executor, const int64_t* tokens, const int64_t* lengths, int64_t rows,
-                      int64_t count, float* logits) {
-  run_->run(executor, tokens, lengths, rows, count, logits);
+void DecoderStep::run(const genarm_executor& executor, const int64_t* tokens, const int64_t* lengths, int64_t first,
+                      int64_t rows, int64_t count, bool last, float* logits) {
+  run_->run(executor, tokens, lengths, first, rows, count, last, logits);
 }
 
 }  // namespace genarm

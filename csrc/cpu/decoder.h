@@ -36,16 +36,18 @@ struct Linear {
   }
 };
 
-// Rows of numbers on their way into linear layers of one width. Row m of `tokens` T a row belongs to operand
-// m / T % operands.
+// Rows of numbers on their way into linear layers of one width: T `tokens` of each row of the model's.
 struct Activations {
-  int64_t rows, tokens, operands;
-  const float* x;  // as they are
+  int64_t rows, tokens;
+  int64_t first, operands;  // row m is of operand (first + m / T) % operands
+  const float* x;           // as they are
   int64_t x_stride;
   const float* arranged;  // as `arrange` leaves them
   int64_t arranged_stride;
   const float* inner;  // [rows, inner_stride]: down x of the layer's parts, one after the other
   int64_t inner_stride;
+
+  int64_t operand(int64_t row) const { return (first + row / tokens) % operands; }
 };
 
 struct Norm {
@@ -115,10 +117,10 @@ class DecoderStep {
  public:
   DecoderStep(Decoder decoder, const LayerKernels& kernels);
   ~DecoderStep();
-  // Feeds tokens [rows / operands, count] to the rows, each behind the lengths [rows] tokens that it has; logits
-  // [rows, count, V].
-  void run(const genarm_executor& executor, const int64_t* tokens, const int64_t* lengths, int64_t rows, int64_t count,
-           float* logits);
+  // Feeds tokens [rows, count] to rows first, first + 1, ... of the caches, each behind the lengths [rows] tokens that
+  // it has; logits [rows, count, V], or with `last` [rows, V] after the last tokens alone.
+  void run(const genarm_executor& executor, const int64_t* tokens, const int64_t* lengths, int64_t first, int64_t rows,
+           int64_t count, bool last, float* logits);
 
  private:
   class Run;

@@ -147,7 +147,8 @@ genarm::Decoder decoder_of(const py::dict& given) {
 class DecoderStep {
  public:
   explicit DecoderStep(const py::dict& decoder) : step_(decoder_of(decoder), genarm::kernels_of(isa)->layers) {}
-  void operator()(py::handle tokens, py::handle lengths, int64_t rows, int64_t count, py::handle logits, int threads) {
+  void operator()(py::handle tokens, py::handle lengths, int64_t first, int64_t rows, int64_t count, bool last,
+                  py::handle logits, int threads) {
     const genarm::bindings::Executor executor(threads);
     const auto fed = genarm::bindings::pointer<const int64_t>(tokens),
                at = genarm::bindings::pointer<const int64_t>(lengths);
@@ -155,7 +156,7 @@ class DecoderStep {
     PyThreadState* const state = PyEval_SaveThread();
     std::exception_ptr wrong;
     try {
-      step_.run(executor.executor, fed, at, rows, count, out);
+      step_.run(executor.executor, fed, at, first, rows, count, last, out);
     } catch (...) {
       wrong = std::current_exception();
     }
@@ -195,8 +196,8 @@ PYBIND11_MODULE(_cpu, module) {
            arg("threads"));
   py::class_<DecoderStep>(module, "DecoderStep")
       .def(py::init<const py::dict&>(), py::kw_only(), arg("decoder"))
-      .def("__call__", &DecoderStep::operator(), py::kw_only(), arg("tokens"), arg("lengths"), arg("rows"),
-           arg("count"), arg("logits"), arg("threads"));
+      .def("__call__", &DecoderStep::operator(), py::kw_only(), arg("tokens"), arg("lengths"), arg("first"),
+           arg("rows"), arg("count"), arg("last"), arg("logits"), arg("threads"));
   module.def("isa", &current_isa, "Name of the instruction set in use; None when the one asked for cannot run.");
   module.def("supported_isas", [] {
     py::tuple names(supported().size());

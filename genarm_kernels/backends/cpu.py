@@ -18,6 +18,8 @@ from . import compiled, reference
 
 # Rows up to which a linear layer reads its weights at a rate that torch's products do not reach.
 _FEW_ROWS = 16
+# Tokens up to which a prompt goes through the core. Attention takes the square of them there, one at a time.
+_PROMPT, _SHORT_PROMPT = 256, 32
 # Weights that are widened at a time, 2 MiB of float32: they are still in the cache when they are multiplied.
 _BLOCK = 1 << 19
 _WEIGHT_TYPES = {**compiled.DTYPES, torch.int8: 3}
@@ -132,7 +134,7 @@ def _multiplies(dtype: torch.dtype) -> bool:
     """
     name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
     ask = getattr(torch.ops.mkldnn, name, None) if name else None
-    return ask is None or bool(ask())
+    return dtype is not torch.int8 and (ask is None or bool(ask()))
 
 
 def unsuited_linear(layer: Linear) -> str | None:
@@ -179,6 +181,7 @@ class DecoderStep:
     def __init__(self, decoder: Decoder, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         self._tensors = (decoder, keys, values)  # the core has their addresses
         self._vocab_size = len(decoder.head.weight)
+        self._dtype = decoder.head.weight.dtype
         self._step = _cpu.DecoderStep(
             decoder={
                 "operands": decoder.operands,
@@ -211,14 +214,25 @@ class DecoderStep:
             }
         )
 
-    def __call__(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        rows, count = len(lengths), tokens.shape[1]
-        logits = torch.empty(rows, count, self._vocab_size)
+    def prefills(self, length: int) -> bool:
+        """Whether a prompt of so many tokens is best given to the core: torch's own product of float32, and of what the
+        machine has instructions for, is as fast, but takes many more calls.
+        """
+        return length <= (_SHORT_PROMPT if _multiplies(self._dtype) else _PROMPT)
+
+    def __call__(self, tokens: Tensor, lengths: Tensor, first: int = 0, last: bool = False) -> Tensor:
+        """Feeds tokens `[rows, T]` to rows `first`, `first` + 1, ... of the caches, behind the `lengths` `[rows]` that
+        they have: logits `[rows, T, V]`, or with `last` `[rows, 1, V]` after the last tokens alone.
+        """
+        rows, count = tokens.shape
+        logits = torch.empty(rows, 1 if last else count, self._vocab_size)
         self._step(
             tokens=tokens.contiguous(),
             lengths=lengths.contiguous(),
+            first=first,
             rows=rows,
             count=count,
+            last=last,
             logits=logits,
             threads=torch.get_num_threads(),
         )

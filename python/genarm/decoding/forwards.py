@@ -175,6 +175,8 @@ class StaticForward:
                 self._core = cpu.DecoderStep(decoder, *caches)
 
     def prefill(self, slots: Sequence[int], prompts: Prompts) -> Tensor:
+        if self._core is not None and self._core.prefills(max(len(ids) for operands in prompts for ids in operands)):
+            return self._prefill_by_core(self._core, slots, prompts)
         ids, mask, places = _left_padded([ids for operands in prompts for ids in operands])
         where = torch.tensor([slot * self.operands + i for slot in slots for i in range(self.operands)])
         # Around the width: padding goes behind the prompt, where no query looks until a token has taken its place.
@@ -190,15 +192,23 @@ class StaticForward:
         )
         return self._by_operand(outputs.logits[:, -1:])
 
+    def _prefill_by_core(self, core: cpu.DecoderStep, slots: Sequence[int], prompts: Prompts) -> Tensor:
+        """Row after row: a prompt has rows enough for a product, and needs no padding."""
+        none = torch.zeros(1, dtype=torch.int64)
+        rows = [
+            (slot * self.operands + i, ids) for slot, of in zip(slots, prompts, strict=True) for i, ids in enumerate(of)
+        ]
+        return self._by_operand(torch.cat([core(torch.tensor([ids]), none, row, last=True) for row, ids in rows]))
+
     def step(self, tokens: Tensor, lengths: Tensor, covered: int) -> Tensor:
-        if self._core is not None:
-            return self._by_operand(self._core(tokens, lengths.flatten()))
         width = tokens.shape[1]
+        if self._core is not None:
+            return self._by_operand(self._core(self._of_rows(tokens), lengths.flatten()))
         places = lengths.to(self.device).flatten()[:, None] + self._columns[:width]
         rows = len(places)
         self._cache.begin((self._starts[:rows, None] + places).flatten(), rows, covered)
         outputs = self._models.step(
-            input_ids=tokens.to(self.device)[:, None].expand(-1, self.operands, -1).reshape(rows, width),
+            input_ids=self._of_rows(tokens.to(self.device)),
             position_ids=places,
             attention_mask=self._mask(places, covered),
             **self._options,
@@ -227,6 +237,9 @@ class StaticForward:
             for span in self._sliding_windows
         }
         return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _of_rows(self, tokens: Tensor) -> Tensor:
+        return tokens.repeat_interleave(self.operands, 0) if self.operands > 1 else tokens
 
     def _by_operand(self, logits: Tensor) -> Tensor:
         return logits.unflatten(0, (-1, self.operands))
