@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 VENVS := $(VENV) $(VENV)-oldest $(VENV)-newest
 # A file's tests on one process: what they build once is built once.
 TEST := bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
-# What transformers, PEFT or datasets could break.
-MODEL_TESTS := tests/decoding tests/training tests/cli tests/project/test_examples.py
+# uv leaves it to Python to compile what it installs; where that is not kept, each process that a test starts does it anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Rebuilds what an edit concerns, without network; every target below does so first.
 build: $(VENV)/ready
@@ -19,9 +19,9 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(VENV)/$(TEST)
 
-# The lowest versions that pyproject.toml allows, and the newest there were at the last `make lock`.
+# What versions could break, on the lowest that pyproject.toml allows and the newest there were at the last `make lock`.
 test-oldest test-newest: test-%: $(VENV)-%/ready
-	$(VENV)-$*/$(TEST) $(MODEL_TESTS)
+	$(VENV)-$*/$(TEST) -m 'versions and not slow and not gpu'
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m slow

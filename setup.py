@@ -44,6 +44,8 @@ class BuildParts(build_ext):
         try:
             if wanted == "0":
                 raise RuntimeError(f"left out by GENARM_{part.upper()}=0")
+            if self.is_built(ext, target):
+                return
             if part == "cuda":
                 self.build_with_nvcc(ext, target)
             else:
@@ -59,6 +61,20 @@ class BuildParts(build_ext):
                 (Path("genarm_kernels") / target.name).unlink(missing_ok=True)
             self.warn(f"the {NAMES[part]}: not built: {error}")
 
+    def is_built(self, ext: Extension, target: Path) -> bool:
+        """By an earlier call, in place, also for another environment: pip has setuptools build in an empty folder."""
+        built = Path("genarm_kernels") / target.name
+        newest = max(Path(file).stat().st_mtime for file in (*ext.sources, *ext.depends, "setup.py"))
+        if not built.exists() or built.stat().st_mtime <= newest:
+            return False
+        archs_inside = f"\0{CUDA_ARCHS}\0".encode()  # as _cuda.ARCHITECTURES
+        if ext.name.endswith("_cuda") and archs_inside not in built.read_bytes():
+            return False
+        if built.resolve() != target.resolve():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(built, target)
+        return True
+
     def build_with_nvcc(self, ext: Extension, target: Path) -> None:
         """The CUDA runtime is linked in and no torch is, so that one build serves every torch."""
         home = os.environ.get("CUDA_HOME")
@@ -66,13 +82,6 @@ class BuildParts(build_ext):
         if nvcc is None:
             raise RuntimeError("no nvcc in PATH or CUDA_HOME/bin")
         target.parent.mkdir(parents=True, exist_ok=True)
-        built = Path("genarm_kernels") / target.name  # by an earlier call, in place
-        newest = max(Path(file).stat().st_mtime for file in (*ext.sources, *ext.depends, "setup.py"))
-        archs_inside = f"\0{CUDA_ARCHS}\0".encode()  # as _cuda.ARCHITECTURES
-        if built.exists() and built.stat().st_mtime > newest and archs_inside in built.read_bytes():
-            if built.resolve() != target.resolve():
-                shutil.copy2(built, target)
-            return
         archs = CUDA_ARCHS.split(";")
         codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
         codes += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]

@@ -21,6 +21,7 @@ from genarm_kernels import available_backends
 from genarm_kernels.backends import NAMES, cpu, cuda, interpreted
 
 T = TypeVar("T")
+LONGEST = ("test_cuda.py", "test_training.py", "test_cli.py")  # first, so that processes end together
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -62,6 +63,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Where a CPU stands in for a GPU, `make test` runs a test with the first and the last of its parameters alone.
     `make test-slow`, which asks for the marker, runs it with all of them.
     """
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     skip = pytest.mark.skip(reason="too many elements for a CPU that stands in for a GPU")
     of_test: dict[tuple[str, str], list[pytest.Item]] = {}
     for item in items:

@@ -352,6 +352,7 @@ def test_weights_of_a_row(genarm: Genarm) -> None:
     assert plain["tokens"] != steered["tokens"] == same["tokens"]
 
 
+@pytest.mark.versions
 def test_chat_is_the_template(genarm: Genarm) -> None:
     rows = [{"prompt": "<user>hello\n<assistant>"}, {"messages": [{"role": "user", "content": "hello"}]}]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -615,6 +616,7 @@ def test_train_has_the_options_of_train_arm() -> None:
         assert options[name].required or options[name].default == argument.default
 
 
+@pytest.mark.versions
 def test_train_then_generate(genarm: Genarm, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     pytest.importorskip("peft")
     rows = [{"prompt": "hello", "chosen": "yy" * n, "rejected": "nn" * n} for n in (1, 2, 3, 4)]
@@ -648,6 +650,7 @@ def test_an_interrupted_training_says_how_to_go_on(genarm: Genarm, monkeypatch: 
     assert genarm("train --base base --data good.jsonl --out arm") == expected
 
 
+@pytest.mark.versions
 def test_the_bundled_models_are_the_default(genarm: Genarm) -> None:
     status, out, err = genarm(
         "generate --prompt 'How do I sleep better?' --max-new-tokens 4 --weight polite=0 --rewards"

@@ -16,6 +16,7 @@ from test_decoder import byte_tokenizer, make_model
 
 peft = pytest.importorskip("peft")
 
+pytestmark = pytest.mark.versions
 TARGETS = {"target_modules": ["q_proj", "down_proj"]}
 LORA = {"r": 4, "lora_alpha": 16, "task_type": "CAUSAL_LM", **TARGETS}
 TABLES = r"embed_tokens|lm_head"

@@ -67,6 +67,7 @@ def test_a_slot_is_never_idle_while_prompts_wait(decoder, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", SMALL)
+@pytest.mark.versions
 def test_which_models_have_static_caches(tokenizer, kind, caplog):
     decoder = GuidedDecoder(make_model(kind), tokenizer)
     with caplog.at_level(logging.WARNING, "genarm"):
@@ -77,6 +78,7 @@ def test_which_models_have_static_caches(tokenizer, kind, caplog):
     assert ("the base: its forward takes no" in caplog.text) == plain
 
 
+@pytest.mark.versions
 def test_eager_attention_and_half_precision_are_kept(tokenizer):
     for kind, dtype in (("llama", torch.bfloat16), ("gemma2", torch.float16), ("gpt2", torch.bfloat16)):
         model = make_model(kind).to(dtype)
@@ -91,6 +93,7 @@ def test_eager_attention_and_half_precision_are_kept(tokenizer):
         assert result.logprobs[0] == pytest.approx(drawn.tolist(), abs=0.3)
 
 
+@pytest.mark.versions
 def test_a_model_whose_rows_depend_on_their_batch_runs_in_the_plain_loop(tokenizer, caplog):
     """Dynamic quantisation scales by the largest number of the whole batch."""
     from torch.ao.quantization import quantize_dynamic
@@ -115,6 +118,7 @@ def adapter(base, seed, **options):
 
 @pytest.mark.parametrize("sampling", SAMPLING)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+@pytest.mark.versions
 def test_shared_weights_change_no_token(tokenizer, kind, sampling):
     base = make_model(kind)
     targets = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True} if kind == "gpt2" else {}
@@ -152,6 +156,7 @@ def assert_the_models_own_numbers(tokenizer, base, arms, result, tolerance):
 
 
 @pytest.mark.skipif(not INTERPRETER, reason="no interpreter of Triton's: a GPU has a test of its own")
+@pytest.mark.versions
 def test_layers_in_one_launch_give_the_models_own_numbers(tokenizer, monkeypatch):
     """A GPU's step in 16 bits, which Triton's interpreter runs."""
     base = make_model("qwen3").half()
@@ -192,6 +197,7 @@ def test_shared_weights_are_read_once(tokenizer):
     "options",
     [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"target_modules": ["embed_tokens"]}, {"lora_bias": True}],
 )
+@pytest.mark.versions
 def test_adapters_that_are_more_than_low_rank_run_apart(tokenizer, options):
     base = make_model()
     decoder = GuidedDecoder(base, tokenizer, {"a": adapter(base, 1, **options)})
@@ -199,6 +205,7 @@ def test_adapters_that_are_more_than_low_rank_run_apart(tokenizer, options):
     assert [len(one.operands) for one in decoder._provider.passes] == [1, 1]
 
 
+@pytest.mark.versions
 def test_layers_that_see_rows_in_another_shape_run_apart(tokenizer, caplog):
     """OPT flattens rows and tokens before its linear layers: rows of an operand cannot be told from them."""
     base = endless(make_model("opt"))
@@ -238,6 +245,7 @@ def test_what_runs_a_joint_pass_keeps_one_copy_of_the_adapters(tokenizer):
             assert {x.data_ptr() for part in layer.parts for x in (part.down, part.up)} <= own
 
 
+@pytest.mark.versions
 def test_local_attention_runs_in_the_plain_loop(tokenizer, caplog):
     sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]}
     with pytest.MonkeyPatch.context() as patch:
@@ -509,6 +517,7 @@ def test_graphs_are_chosen_by_all_that_they_hold(decoder, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.versions
 def test_compiled_forwards_change_no_token(tokenizer):
     base = make_model("qwen3")
     arms = {"a": adapter(base, 1), "b": make_model(seed=1)}
@@ -517,6 +526,7 @@ def test_compiled_forwards_change_no_token(tokenizer):
     assert compiled.generate(PROMPTS[:4], **options).tokens == plain.generate(PROMPTS[:4], **options).tokens
 
 
+@pytest.mark.versions
 def test_static_forward_rows_do_not_see_each_other(tokenizer):
     """What lies beyond a row's tokens, other rows' or an earlier row's, has no weight: exactly."""
     model = make_model("mistral")
@@ -533,6 +543,7 @@ def test_static_forward_rows_do_not_see_each_other(tokenizer):
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
 
 
+@pytest.mark.versions
 def test_a_row_that_has_ended_stays_within_what_is_covered_and_the_position_table(tokenizer):
     """What it has reached may lie beyond what the others have left; it is computed with them, and must be finite."""
     for kind in ("gpt2", "gemma2"):

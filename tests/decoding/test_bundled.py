@@ -40,6 +40,7 @@ def test_sizes_of_the_models() -> None:
     assert max(parameters[name] for name in world.ATTRIBUTES) * 3 <= parameters["base"]
 
 
+@pytest.mark.versions
 def test_one_vocabulary(tokenizer: PreTrainedTokenizerBase) -> None:
     assert 1000 <= len(tokenizer) <= 2000
     for name in world.ATTRIBUTES:
@@ -48,6 +49,7 @@ def test_one_vocabulary(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 @pytest.mark.parametrize("text", ["Dim the lamps 30 minutes before bedtime.", " naïve  日本\n\t€", "Don't!", ""])
+@pytest.mark.versions
 def test_tokenizer_round_trip(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
@@ -59,6 +61,7 @@ def test_answers_are_short_in_tokens(tokenizer: PreTrainedTokenizerBase) -> None
     assert lengths[450] <= 65
 
 
+@pytest.mark.versions
 def test_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     user, assistant = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}
 
@@ -81,6 +84,7 @@ def test_unknown_name() -> None:
         bundled.path("large")
 
 
+@pytest.mark.versions
 def test_they_decode_on_the_fast_path() -> None:
     decoder = GuidedDecoder.from_pretrained(
         bundled.path("base"), {name: bundled.path(name) for name in world.ATTRIBUTES}

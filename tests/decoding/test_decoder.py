@@ -98,7 +98,13 @@ def expected(decoder, models_, prompt_ids, weights, steps, **options):
 
 @pytest.mark.parametrize("tokens", [24, pytest.param(64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", SMALL)
-@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9, "top_k": 40}])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        pytest.param({"temperature": 0.0}, marks=pytest.mark.versions),
+        {"temperature": 0.8, "top_p": 0.9, "top_k": 40},
+    ],
+)
 def test_equals_a_loop_without_cache_or_batch(tokenizer, kind, sampling, tokens):
     """5 ragged prompts; the sampled ones with a seed of their own each."""
     models_ = [make_model(kind), make_model(seed=1), make_model(kind, seed=2)]
@@ -112,6 +118,7 @@ def test_equals_a_loop_without_cache_or_batch(tokenizer, kind, sampling, tokens)
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"top_p": 0.95, "min_p": 0.01}])
+@pytest.mark.versions
 def test_trained_models_equal_the_loop(trained, sampling):
     result = trained.generate(messages=CHATS[:5], weights={"helpful": 1.0, "polite": 0.5}, seed=4, **sampling)
     forwards = [AutoModelForCausalLM.from_pretrained(bundled.path(name)) for name in bundled.NAMES]
@@ -189,6 +196,7 @@ def test_eos_ends_a_row_and_not_its_neighbours(trained):
     assert "".join(event.text for event in events).endswith(".")
 
 
+@pytest.mark.versions
 def test_several_eos_ids_of_the_generation_config(tokenizer):
     model = make_model()
     plain = GuidedDecoder(model, tokenizer).generate("a", max_new_tokens=20, temperature=0.0)
@@ -267,6 +275,7 @@ def test_operands_of_different_width(tokenizer):
     assert max(map(max, result.tokens)) < 258
 
 
+@pytest.mark.versions
 def test_tokenizers_that_differ_are_named(tokenizer):
     swapped = byte_tokenizer()
     vocab = swapped.get_vocab()
@@ -280,6 +289,7 @@ def test_tokenizers_that_differ_are_named(tokenizer):
     assert GuidedDecoder(make_model(), tokenizer, {"a": make_model()}, arm_tokenizers={"a": wider}).vocab_size == 258
 
 
+@pytest.mark.versions
 def test_messages_need_a_template_and_equal_its_text(decoder):
     chat = [{"role": "user", "content": "hi"}]
     with pytest.raises(GenarmError, match="no chat template"):
@@ -294,6 +304,7 @@ def test_messages_need_a_template_and_equal_its_text(decoder):
     assert chatting.generate(messages=[chat, chat], max_new_tokens=10, seed=[0, 0]).tokens == one.tokens * 2
 
 
+@pytest.mark.versions
 def test_adapter_folder_shares_the_base_and_equals_a_merged_copy(tokenizer, tmp_path):
     from peft import LoraConfig, get_peft_model
 
@@ -464,6 +475,7 @@ def test_weights_change_all_or_none(decoder):
     assert [event.token for event in stream] == unchanged
 
 
+@pytest.mark.versions
 def test_a_template_that_refuses(tokenizer):
     refusing = byte_tokenizer(chat_template="{{ raise_exception('no system role') }}")
     with pytest.raises(GenarmError, match="prompt 0: the chat template rejects the messages: no system role"):
@@ -477,6 +489,7 @@ def test_backends_are_checked_at_once(tokenizer, tmp_path):
         GuidedDecoder.from_pretrained(tmp_path / "missing", device="cpu", backend="cuda")
 
 
+@pytest.mark.versions
 def test_adapters_that_do_not_fit(tokenizer, tmp_path):
     from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
@@ -514,6 +527,7 @@ def test_nan_logits_are_reported_not_decoded(tokenizer):
         GuidedDecoder(model, tokenizer).generate("a")
 
 
+@pytest.mark.versions
 def test_loading_errors(tokenizer, tmp_path):
     for missing in (tmp_path / "missing", str(tmp_path / "missing"), "my model", "-x", "a..b", "foo bar/baz"):
         with pytest.raises(GenarmError, match="no such folder"):
@@ -546,6 +560,7 @@ def test_loading_errors(tokenizer, tmp_path):
         GuidedDecoder.from_pretrained(make_model())
 
 
+@pytest.mark.versions
 def test_mixed_precision_operands(tokenizer):
     decoder = GuidedDecoder(make_model(), tokenizer, {"a": make_model(seed=1).bfloat16()})
     assert len(decoder.generate("a", max_new_tokens=5).tokens[0]) == 5

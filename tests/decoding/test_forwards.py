@@ -13,6 +13,7 @@ from test_batching import adapter, endless
 from test_decoder import byte_tokenizer, make_model
 from test_models import model_of
 
+pytestmark = pytest.mark.versions
 GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2}
 CASES = {
     "full attention": lambda seed: make_model("llama", seed),

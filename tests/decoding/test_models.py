@@ -18,6 +18,7 @@ from genarm.models import transformers_api
 from test_batching import adapter, endless, late
 from test_decoder import SMALL, byte_tokenizer, forward_of, make_model
 
+pytestmark = pytest.mark.versions
 __all__ = ["late"]  # a fixture
 LONG_ROPE = {
     "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 24,

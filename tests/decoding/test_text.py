@@ -15,6 +15,7 @@ from genarm.text import TextStream
 from genarm.tokens import encode_prompt
 from test_decoder import byte_tokenizer, make_model
 
+pytestmark = pytest.mark.versions
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 100\n"
 
 

@@ -79,6 +79,7 @@ def chat_ids(decoder, question):
         ((), {}),
     ],
 )
+@pytest.mark.versions
 def test_minimal_decoder_draws_what_the_decoder_draws(decoder, arms, sampling):
     module = load("minimal_decoder")
     questions = [*world.sample_prompts(6, seed=3), "Why?", "I have a cold and cannot sleep. What should I do now?"]
@@ -133,6 +134,7 @@ def test_minimal_decoder_prints_what_the_decoder_writes(decoder, capsys):
     assert sum(line.endswith("nats a token") for line in lines) == len(WEIGHTS) * len(module.QUESTIONS)
 
 
+@pytest.mark.versions
 def test_hub_models_shows_each_answer_and_its_rewards(tmp_path, capsys):
     """Here from folders, one ARM a model and the other an adapter of the base."""
     base, helpful = str(bundled.path("base")), str(bundled.path("helpful"))
@@ -188,6 +190,7 @@ def test_grammar_names_a_grammar_that_cannot_be_read(monkeypatch):
         module.answers(module.QUESTIONS[0])
 
 
+@pytest.mark.versions
 def test_a_mask_that_llguidance_fills_means_here_what_it_means_there(decoder):
     module = load_grammar()
     vocabulary = module.hf.from_tokenizer(decoder.tokenizer)

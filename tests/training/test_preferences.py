@@ -19,6 +19,8 @@ from genarm.preferences.pairs import Preference, Preferences, encode_preferences
 from genarm.training.arm import _pieces
 from published_rows import HELLO, PUBLISHED, pku, said
 
+pytestmark = pytest.mark.versions
+
 
 def write(path: Path, rows: list[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

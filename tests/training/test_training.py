@@ -121,6 +121,7 @@ def loop_logp(model: Any, prompt: list[int], response: list[int]) -> float:
     return total
 
 
+@pytest.mark.versions
 def test_loss_is_the_papers(model: Any) -> None:
     batch = collate_pairs(RAGGED)
     with torch.no_grad():
@@ -214,6 +215,7 @@ def ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+@pytest.mark.versions
 def test_strings_are_tokenised_with_bos_and_eos(tokenizer: Any) -> None:
     rows = [Preference("xy", "z<eos>", "w", "f:1"), Preference("xa", "bz", "w", "f:2")]
     (first, second), counts = encode_preferences(rows, tokenizer, 64)
@@ -226,6 +228,7 @@ def test_strings_are_tokenised_with_bos_and_eos(tokenizer: Any) -> None:
     assert counts == {"prompts": 2, "prompts_truncated": 0, "responses": 4, "responses_truncated": 0}
 
 
+@pytest.mark.versions
 def test_chat_rows_go_through_the_template(tokenizer: Any) -> None:
     def answer(text: str) -> list[dict[str, str]]:
         return [{"role": "assistant", "content": text}]
@@ -249,6 +252,7 @@ def test_chat_rows_go_through_the_template(tokenizer: Any) -> None:
         ("constant", "renders the prompt differently"),
     ],
 )
+@pytest.mark.versions
 def test_unusable_chat_template_names_the_row(tokenizer: Any, template: str | None, message: str) -> None:
     tokenizer.chat_template = template
     chat = [{"role": "user", "content": "hi"}]
@@ -306,6 +310,7 @@ training.train_arm(*sys.argv[1:4], **json.loads(sys.argv[4]))
 """
 
 
+@pytest.mark.versions
 def test_a_killed_run_resumes_to_the_same_curve(
     base: Path, data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,6 +342,7 @@ def test_a_killed_run_resumes_to_the_same_curve(
     assert metrics == pytest.approx(json.loads((finished / "metrics.json").read_text()), abs=1e-6)
 
 
+@pytest.mark.versions
 def test_a_run_killed_after_its_last_step_resumes(
     base: Path, data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,6 +355,7 @@ def test_a_run_killed_after_its_last_step_resumes(
     assert "preference_accuracy" in metrics
 
 
+@pytest.mark.versions
 def test_dropout_takes_part_in_the_curve(base: Path, data: Path, finished: Path, tmp_path: Path) -> None:
     """Else the test of resuming would not see random states that are not restored."""
     train_arm(base, data, tmp_path / "arm", **{**SETTINGS, "lora_dropout": 0.0, "epochs": 1})
@@ -368,6 +375,7 @@ def test_a_finished_run(base: Path, data: Path, finished: Path, capsys: pytest.C
     assert before == {path: path.read_bytes() for path in finished.iterdir()}
 
 
+@pytest.mark.versions
 def test_held_out_metrics_are_those_of_the_saved_adapter(base: Path, data: Path, finished: Path, model: Any) -> None:
     from peft import PeftModel
 
@@ -388,6 +396,7 @@ def test_held_out_metrics_are_those_of_the_saved_adapter(base: Path, data: Path,
     assert metrics["eval_loss"] == pytest.approx(sum(math.log1p(math.exp(-0.05 * m)) for m in margins) / 4, rel=1e-4)
 
 
+@pytest.mark.versions
 def test_adapter_has_the_logits_of_the_trained_model(
     base: Path, data: Path, tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -413,6 +422,7 @@ def test_adapter_has_the_logits_of_the_trained_model(
     assert (loaded - plain).abs().max() > 0.01
 
 
+@pytest.mark.versions
 def test_full_fine_tuning_learns(base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = {"lora_r": 0, "lr": 3e-3, "epochs": 4, "batch_size": 4, "eval_fraction": 0.25, "max_length": 8}
     metrics = train_arm(base, data, tmp_path / "arm", **settings)
@@ -427,17 +437,20 @@ def test_full_fine_tuning_learns(base: Path, data: Path, tmp_path: Path, capsys:
     assert "preference_accuracy" in printed
 
 
+@pytest.mark.versions
 def test_bf16_trains(base: Path, data: Path, tmp_path: Path) -> None:
     metrics = train_arm(base, data, tmp_path / "arm", **{**SETTINGS, "epochs": 0.2}, bf16=True)
     assert math.isfinite(metrics["eval_loss"])
 
 
+@pytest.mark.versions
 def test_no_held_out_rows(base: Path, data: Path, tmp_path: Path) -> None:
     metrics = train_arm(base, data, tmp_path / "arm", **{**SETTINGS, "epochs": 0.2, "eval_fraction": 0}, resume=True)
     assert metrics["train_pairs"] == 40
     assert "preference_accuracy" not in metrics
 
 
+@pytest.mark.versions
 def test_a_loss_that_is_not_finite_stops(base: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(GenarmError, match=r"training stopped: \w+ is (nan|inf) at step"):
         train_arm(base, data, tmp_path / "arm", **{**SETTINGS, "lora_r": 0, "lr": 1e30, "warmup_steps": 0})
@@ -492,6 +505,7 @@ def long_row(tmp_path: Path) -> Path:
         ({"save_steps": 0}, "save_steps: expected an integer of at least 1"),
     ],
 )
+@pytest.mark.versions
 def test_errors_come_in_one_line(
     base: Path, data: Path, tmp_path: Path, arguments: dict[str, Any], message: str
 ) -> None:
@@ -503,6 +517,7 @@ def test_errors_come_in_one_line(
     assert not (tmp_path / "arm").exists()
 
 
+@pytest.mark.versions
 def test_a_nested_configuration_limits_the_length() -> None:
     """Models of text and images keep max_position_embeddings one level down."""
     from types import SimpleNamespace
@@ -527,6 +542,7 @@ TRAINED = ["texts", "HH-RLHF", "PKU-SafeRLHF, safer", "UltraFeedback binarized",
 
 
 @pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.versions
 def test_a_published_format_trains_and_decodes(base: Path, tmp_path: Path, name: str, model: Any) -> None:
     one = PUBLISHED[name]
     data = write_rows(tmp_path / "rows.jsonl", [one.row] * 3)
@@ -708,6 +724,7 @@ BASES: dict[str, tuple[dict[str, Any], set[str], set[str]]] = {
 
 
 @pytest.mark.parametrize("kind", BASES)
+@pytest.mark.versions
 def test_bases_of_other_kinds_train_with_the_defaults(
     base: Path, data: Path, tmp_path: Path, tokenizer: Any, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -724,6 +741,7 @@ def test_bases_of_other_kinds_train_with_the_defaults(
     assert decoder.generate("cd", max_new_tokens=2, temperature=0).rewards["arm"][0]
 
 
+@pytest.mark.versions
 def test_a_base_without_linear_layers_says_what_to_set(
     base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-// The threads of the emulation: see emulation.h. Not to be instrumented by ThreadSanitizer, which is told of them.
+// The threads of the emulation: see emulation.h. No sanitizer instruments this file: each is told of the threads.
 #include "emulation.h"
 
 #include <sys/mman.h>
@@ -8,7 +8,7 @@
 #include <memory>
 #include <vector>
 
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(SIMT_ASAN)
 #include <sanitizer/common_interface_defs.h>
 #endif
 #if defined(SIMT_TSAN)
@@ -165,21 +165,21 @@ simt_switch:
 
 void to_scheduler() {
   [[maybe_unused]] Thread& self = *current;
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(SIMT_ASAN)
   __sanitizer_start_switch_fiber(self.ended ? nullptr : &self.fake_stack, scheduler_bottom, scheduler_size);
 #endif
 #if defined(SIMT_TSAN)
   __tsan_switch_to_fiber(scheduler_tsan, 1);
 #endif
   simt_switch(&self.saved, scheduler_stack);
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(SIMT_ASAN)
   __sanitizer_finish_switch_fiber(self.fake_stack, &scheduler_bottom, &scheduler_size);
 #endif
 }
 
 void resume(Thread& thread) {
   current = &thread;
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(SIMT_ASAN)
   void* fake_stack = nullptr;
   __sanitizer_start_switch_fiber(&fake_stack, thread.stack, kStack);
 #endif
@@ -187,7 +187,7 @@ void resume(Thread& thread) {
   __tsan_switch_to_fiber(thread.tsan, 1);  // 1: without this ordering them
 #endif
   simt_switch(&scheduler_stack, thread.saved);
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(SIMT_ASAN)
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 #endif
   current = nullptr;
@@ -234,7 +234,7 @@ void end_phase_if_complete() {
 }
 
 void thread_main() {
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(SIMT_ASAN)
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_bottom, &scheduler_size);
 #endif
   (*kernel_of_threads)();
