@@ -20,6 +20,21 @@ int64_t quotient_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 int64_t size_of(WeightType type) { return type == WeightType::kFloat32 ? 4 : type == WeightType::kInt8 ? 1 : 2; }
 int64_t size_of(genarm_dtype dtype) { return dtype == GENARM_FLOAT32 ? 4 : 2; }
 
+// Numbers from the beginning of a cache line on, where no vector of x lies in two.
+class Buffer {
+ public:
+  void grow(int64_t count) {
+    if (numbers_.size() < static_cast<size_t>(count) + kLine) numbers_.resize(static_cast<size_t>(count) + kLine);
+  }
+  float* data() { return aligned(numbers_.data()); }
+  const float* data() const { return aligned(const_cast<float*>(numbers_.data())); }
+
+ private:
+  static constexpr size_t kLine = 64 / sizeof(float);
+  static float* aligned(float* x) { return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(x) + 63) / 64 * 64); }
+  std::vector<float> numbers_;
+};
+
 // Linear layers of the same rows, cut into chunks of outputs, one layer's after the other's.
 struct Group {
   std::vector<const Linear*> layers;
@@ -85,8 +100,10 @@ void run_linear(const Linear& layer, const LayerKernels& kernels, const genarm_e
                 const void* x, int64_t rows, int64_t tokens, int64_t operands, void* y) {
   const Group group{&layer};
   const int64_t width = padded(layer.in);
-  std::vector<float> plain(static_cast<size_t>(rows * layer.in)), arranged(static_cast<size_t>(rows * width)),
-      inner(static_cast<size_t>(rows * group.inner));
+  Buffer plain, arranged, inner;
+  plain.grow(rows * layer.in);
+  arranged.grow(rows * width);
+  inner.grow(rows * group.inner);
   const Activations in{rows,     tokens,          0,     operands,     plain.data(),
                        layer.in, arranged.data(), width, inner.data(), group.inner};
   const WeightType type = static_cast<WeightType>(dtype);
@@ -181,16 +198,13 @@ class DecoderStep::Run {
     // As few parts of a row as keep all threads busy: what is read in one go is longer.
     head_blocks_ = std::min(model_.kv_heads, quotient_up(2 * threads, rows));
     all_ = rows * count;
-    const auto make = [this](std::vector<float>& buffer, int64_t width) {
-      if (buffer.size() < static_cast<size_t>(all_ * width)) buffer.resize(static_cast<size_t>(all_ * width));
-    };
-    make(states_, model_.hidden);
-    make(normed_, model_.hidden);
-    make(arranged_, widest_);
-    make(arranged_gated_, widest_);
-    make(heads_, heads_stride_);
-    make(gate_, intermediate_);
-    make(inner_, inner_stride_);
+    states_.grow(all_ * model_.hidden);
+    normed_.grow(all_ * model_.hidden);
+    arranged_.grow(all_ * widest_);
+    arranged_gated_.grow(all_ * widest_);
+    heads_.grow(all_ * heads_stride_);
+    gate_.grow(all_ * intermediate_);
+    inner_.grow(all_ * inner_stride_);
     steps_.clear();
     chunks_.clear();
     const int each = static_cast<int>(all_);
@@ -263,7 +277,7 @@ class DecoderStep::Run {
 
   // What linear layers read. `arranged_` holds one after the other; what a chunk of `gate_up` makes, while others still
   // read there, has a place of its own.
-  Activations reading(const std::vector<float>& x, int64_t stride, const std::vector<float>& arranged) const {
+  Activations reading(const Buffer& x, int64_t stride, const Buffer& arranged) const {
     return {all_,   count_,          first_,  model_.operands, x.data(),
             stride, arranged.data(), widest_, inner_.data(),   inner_stride_};
   }
@@ -363,7 +377,7 @@ class DecoderStep::Run {
   std::unique_ptr<Group> head_;
   int64_t intermediate_ = 0, inner_stride_ = 0, heads_stride_ = 0, widest_ = 0;
   int64_t first_ = 0, rows_ = 0, count_ = 0, all_ = 0, threads_ = 0, head_blocks_ = 1;
-  std::vector<float> states_, normed_, arranged_, arranged_gated_, heads_, gate_, inner_;
+  Buffer states_, normed_, arranged_, arranged_gated_, heads_, gate_, inner_;
   std::vector<Step> steps_;
   std::vector<int> chunks_;
   Phases phases_;

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn import functional as F  # noqa: N812
 
-from ..layers import Decoder, Linear
+from ..layers import Decoder, DecoderLayer, Linear
 from ..outputs import GuidedStep
 from ..parameters import Inputs, Sampling, SharedLayer
 from . import compiled, reference
@@ -169,10 +169,42 @@ def unsuited_decoder(decoder: Decoder, keys: Sequence[Tensor], values: Sequence[
         return f"its {decoder.heads} heads of {head_size}, {decoder.kv_heads} of keys, do not fit the core's vectors"
     if decoder.activation not in _ACTIVATIONS:
         return f"its activation is {decoder.activation!r}"
-    plain = [decoder.embedding, decoder.cos, decoder.sin, *keys, *values]
-    if not all(x.is_cpu and x.is_contiguous() and x.dtype in compiled.DTYPES for x in plain):
+    norms = [x for one in decoder.layers for x in (one.attention_norm, one.q_norm, one.k_norm, one.mlp_norm) if x]
+    floats = [decoder.cos, decoder.sin, decoder.norm.weight, *(norm.weight for norm in norms)]
+    if not all(
+        x.is_cpu and x.is_contiguous() and x.dtype in compiled.DTYPES for x in [*keys, *values, decoder.embedding]
+    ):
         return "its embedding or caches are not contiguous floats in a CPU's memory"
-    return None
+    if not all(x.is_cpu and x.is_contiguous() and x.dtype is torch.float32 for x in floats):
+        return "its norms or its rotary embedding are not contiguous float32 in a CPU's memory"
+    return None if _fits(decoder, keys, values) else "the shapes of its parts do not fit together"
+
+
+def _fits(decoder: Decoder, keys: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
+    (length, size), hidden = decoder.cos.shape, decoder.embedding.shape[1]
+    wide, narrow = decoder.heads * size, decoder.kv_heads * size
+
+    def layer_fits(layer: DecoderLayer) -> bool:
+        inner = len(layer.gate.weight)
+        return (
+            layer.q.weight.shape == (wide, hidden)
+            and layer.k.weight.shape == layer.v.weight.shape == (narrow, hidden)
+            and layer.o.weight.shape == (hidden, wide)
+            and layer.gate.weight.shape == layer.up.weight.shape == (inner, hidden)
+            and layer.down.weight.shape == (hidden, inner)
+            and all(norm.weight.shape == (hidden,) for norm in (layer.attention_norm, layer.mlp_norm))
+            and all(norm is None or norm.weight.shape == (size,) for norm in (layer.q_norm, layer.k_norm))
+        )
+
+    caches = [*keys, *values]
+    return (
+        all(map(layer_fits, decoder.layers))
+        and decoder.head.weight.shape[1:] == decoder.norm.weight.shape == (hidden,)
+        and decoder.sin.shape == decoder.cos.shape
+        and len({(x.shape, x.dtype) for x in caches}) <= 1
+        and all(x.shape[1:] == (length, decoder.kv_heads, size) for x in caches)
+        and (not caches or len(keys) == len(values) == len(decoder.layers))
+    )
 
 
 class DecoderStep:

@@ -676,6 +676,18 @@ def test_a_decoder_step_names_what_it_cannot_run() -> None:
     assert step(torch.tensor([[1]]), torch.tensor([0, 3])).shape == (2, 1, 111)
     with pytest.raises(ValueError, match="backend: expected 'auto', 'cpu' or 'reference', got 'gpu'"):
         DecoderStep(decoder, keys, values, "gpu")
+    decoder, keys, values = decoder_case(torch.float32, torch.float32, 32, 2)
+    (first, *others), short = decoder.layers, [x[:, :39].contiguous() for x in keys]
+    for other, own_keys in (
+        (decoder._replace(layers=[first._replace(q=first.k), *others]), keys),
+        (decoder._replace(norm=Norm(torch.ones(71), 1e-6)), keys),
+        (decoder, short),
+        (decoder, keys[:1]),
+    ):
+        with pytest.raises(ValueError, match="the shapes of its parts do not fit together"):
+            DecoderStep(other, own_keys, values, "cpu")
+    with pytest.raises(ValueError, match="its norms or its rotary embedding are not contiguous float32"):
+        DecoderStep(decoder._replace(sin=decoder.sin.double()), keys, values, "cpu")
     with pytest.raises(ValueError, match="its activation is 'relu'"):
         DecoderStep(decoder_case(torch.float32, torch.float32, 32, 2, activation="relu")[0], keys, values, "cpu")
 

@@ -41,6 +41,7 @@ def engine(core: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("cases", [1000, pytest.param(4000, marks=pytest.mark.slow)])
 def test_core(core: Path, cases: int) -> None:
     run(core / "core_test", cases)
+    run(core / "decoder_test")
 
 
 @pytest.mark.slow
@@ -48,6 +49,7 @@ def test_core(core: Path, cases: int) -> None:
 def test_core_under_sanitizers(sanitizers: str, cases: int, tmp_path: Path) -> None:
     folder = build(REPOSITORY / "csrc", tmp_path, "-DGENARM_BUILD_TESTS=ON", f"-DGENARM_SANITIZE={sanitizers}")
     run(folder / "core_test", cases)
+    run(folder / "decoder_test")
 
 
 @pytest.mark.slow

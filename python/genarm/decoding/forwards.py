@@ -258,7 +258,7 @@ class StaticModels:
         self.cache_argument = transformers_api.cache_argument(model) or ""
         self.rope = transformers_api.rope(model)
         self.compiled = False
-        self.kind = linear if self.device.type == "cpu" and cpu.why_unavailable() is None else "torch"
+        self.kind = linear
         """Whose linear layers a step has, see `ModelPath.linear`."""
         self.decoder = None
         if self.kind == "fused":

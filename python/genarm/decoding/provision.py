@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from genarm_kernels.backends import cpu
+
 from ..errors import GenarmError
 from ..models import transformers_api
 from . import checks, lora
@@ -171,7 +173,8 @@ class Provider:
         work in every model.
         """
         # A CPU's core reads weights by their addresses, which change when a model is moved or converted.
-        addresses = [x.data_ptr() for model in self._models.values() for x in model.parameters()]
+        parameters = [x for model in self._models.values() for x in model.parameters()]
+        addresses = [x.data_ptr() if type(x) is torch.nn.Parameter else id(x) for x in parameters]
         if self._passes is None or addresses != self._addresses:
             self._kept, self._passes, self._addresses = None, self._plan(), addresses
         return self._passes
@@ -207,7 +210,8 @@ class Provider:
 
     def _plan(self) -> list[Pass]:
         base, *arms = self._models.values()
-        linear = "torch" if self._options.compile else self._options.linear
+        by_core = self._device.type == "cpu" and not self._options.compile and cpu.why_unavailable() is None
+        linear = self._options.linear if by_core else "torch"
         found = {label: checks.static_models(model, linear) for label, model in self._models.items()}
         self._why = {label: why for label, why in found.items() if isinstance(why, str)}
         if self._why:
