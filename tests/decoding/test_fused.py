@@ -72,21 +72,23 @@ def test_other_models_get_the_cores_linear_layers(tokenizer, kind):
     assert own.generate(PROMPTS, **options).tokens == core.generate(PROMPTS, **options).tokens
 
 
-@pytest.mark.parametrize("linear", ["auto", "torch"])
-def test_bfloat16_is_as_exact_as_torchs_own(tokenizer, linear):
-    """Log-probabilities of greedy tokens against a model in float64 with the same rounded weights."""
+@torch.inference_mode()
+def test_bfloat16_is_more_exact_than_torchs_own(tokenizer):
+    """Log-probabilities against a model in float64 with the same rounded weights. What the core rounds are the caches
+    alone; torch rounds after every layer.
+    """
     model = make_model("llama", hidden_size=64, intermediate_size=176, num_hidden_layers=4).bfloat16()
     exact = copy.deepcopy(model).double()
-    decoder = GuidedDecoder(model, tokenizer, linear=linear)
-    result = decoder.generate(PROMPTS, max_new_tokens=24, temperature=1.0, seed=2)
-    errors = []
-    for prompt, tokens, logprobs in zip(PROMPTS, result.tokens, result.logprobs, strict=True):
-        ids = tokenizer(prompt)["input_ids"]
-        logits = exact(torch.tensor([ids + tokens])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
-        errors.append((logits.gather(1, torch.tensor(tokens)[:, None])[:, 0] - torch.tensor(logprobs)).abs())
-    error = torch.cat(errors)
-    # What the core rounds are the caches alone; torch rounds after every layer.
-    assert error.mean() < (0.02 if linear == "auto" else 0.2)
+    errors = {}
+    for linear in ("auto", "torch"):
+        result = GuidedDecoder(model, tokenizer, linear=linear).generate(PROMPTS, max_new_tokens=24, seed=2)
+        found = []
+        for prompt, tokens, logprobs in zip(PROMPTS, result.tokens, result.logprobs, strict=True):
+            ids = tokenizer(prompt)["input_ids"]
+            logits = exact(torch.tensor([ids + tokens])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+            found.append((logits.gather(1, torch.tensor(tokens)[:, None])[:, 0] - torch.tensor(logprobs)).abs())
+        errors[linear] = float(torch.cat(found).mean())
+    assert errors["auto"] < errors["torch"] / 2  # 0.019 and 0.067 were seen
 
 
 def test_a_model_that_somebody_watches_or_changes_is_not_fused(tokenizer):
