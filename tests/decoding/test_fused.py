@@ -93,12 +93,13 @@ def test_bfloat16_is_more_exact_than_torchs_own(tokenizer):
 
 def test_a_model_that_somebody_watches_or_changes_is_not_fused(tokenizer):
     model, seen = make_model(), []
-    model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: seen.append("mlp"))
+    model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda module, args, output: seen.append("q"))
     decoder = GuidedDecoder(model, tokenizer)
     assert kinds(decoder) == ["core"]
     seen.clear()
     decoder.generate("a", max_new_tokens=5)
-    assert len(seen) == 5
+    assert seen == ["q", "mlp"] * 5
     changed = make_model()
     changed.model.layers[0].mlp.forward = lambda x: 0 * x
     assert kinds(GuidedDecoder(changed, tokenizer)) == ["core"]

@@ -9,7 +9,7 @@ from genarm_kernels.backends import cpu
 from genarm_kernels.layers import Decoder, DecoderLayer, Linear, Norm
 
 from ..models import transformers_api
-from .linears import SharedLinear
+from .linears import SharedLinear, is_altered
 
 _MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -18,7 +18,7 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh
 def describe(model: Any, sliding_windows: Sequence[int | None]) -> Decoder | None:
     """The model by its parts, with tables of no positions; None where it is none that is known, or was changed."""
     known = type(model).__name__ in _MODELS and type(model).__module__.startswith("transformers.models.")
-    if not known or not transformers_api.rope(model).constant or any(map(_altered, model.modules())):
+    if not known or not transformers_api.rope(model).constant or any(map(is_altered, model.modules())):
         return None
     config, stack = model.config, model.model
     if config.hidden_act not in _ACTIVATIONS:
@@ -80,9 +80,3 @@ def with_positions(decoder: Decoder, model: Any, length: int, operands: int) -> 
 
 class _UnknownError(Exception):
     pass
-
-
-def _altered(module: Any) -> bool:
-    """Whether somebody watches or changes what the module does."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)

@@ -50,6 +50,7 @@ class SharedLinear(nn.Module):
         """`core`: by the CPU core, where it takes the layer."""
         super().__init__()
         self.linear = linear
+        plain = type(linear) is nn.Linear and not is_altered(linear)
         given = {operand: part for operand, part in enumerate(parts, start=1) if part is not None}
         own: list[LayerPart] = []
         whole = None
@@ -62,16 +63,16 @@ class SharedLinear(nn.Module):
                 LayerPart(operand, self._buffer(f"down{operand}", own_down), self._buffer(f"up{operand}", own_up))
                 for operand, own_down, own_up in zip(given, down.split(ranks), up.split(ranks), strict=True)
             ]
-            if type(linear) is nn.Linear and can_fuse(linear.weight):
+            if plain and can_fuse(linear.weight):
                 owners = torch.tensor(list(given), dtype=torch.int32).repeat_interleave(torch.tensor(ranks))
                 owners = self._buffer("owners", owners.to(down.device))
                 whole = WholeLayer(linear.weight, linear.bias, down, up, owners, self.operands)
         self.layer: Linear | None = None
         """As the CPU core takes it."""
         # Out of the modules, whose calls and lookups a CPU feels at every layer of every step.
-        call = linear.forward if type(linear) is nn.Linear else linear
+        call = linear.forward if plain else linear
         by_core = None
-        if core and type(linear) in (nn.Linear, Int8Linear) and linear.weight.is_cpu:
+        if core and (plain or type(linear) is Int8Linear) and linear.weight.is_cpu:
             # An alias: should the model be moved, the core has an address that is still its own.
             weight = self._buffer("core_weight", linear.weight.detach())
             bias = None if linear.bias is None else self._buffer("core_bias", linear.bias.detach().float())
@@ -95,12 +96,17 @@ class SharedLinear(nn.Module):
         return shared_linear(x, self._shared)
 
 
+def is_altered(module: Any) -> bool:
+    """Whether somebody watches or changes what the module does."""
+    return any((module._forward_hooks, module._forward_pre_hooks)) or "forward" in vars(module)
+
+
 def replace_linears(model: Any) -> None:
     """Puts `SharedLinear` in the place of plain linear layers, in a tree of modules that the caller owns."""
     for parent in list(model.modules()):
         if not isinstance(parent, SharedLinear):
             for name, child in parent.named_children():
-                if type(child) in (nn.Linear, Int8Linear):
+                if type(child) in (nn.Linear, Int8Linear) and not is_altered(child):
                     setattr(parent, name, SharedLinear(child))
 
 
