@@ -191,20 +191,22 @@ class DecoderStep::Run {
   };
 
   void plan(int64_t rows, int64_t count, bool last, int64_t threads) {
+    // Two parts of a row for each thread, or fewer where there are more rows: what is read in one go is longer.
+    head_blocks_ = std::min(model_.kv_heads, quotient_up(2 * threads, rows));
+    const int64_t all = rows * count;
+    states_.grow(all * model_.hidden);
+    normed_.grow(all * model_.hidden);
+    arranged_.grow(all * widest_);
+    arranged_gated_.grow(all * widest_);
+    heads_.grow(all * heads_stride_);
+    gate_.grow(all * intermediate_);
+    inner_.grow(all * inner_stride_);
+    // Only now: memory may have run out.
     rows_ = rows;
     count_ = count;
     last_ = last;
     threads_ = threads;
-    // As few parts of a row as keep all threads busy: what is read in one go is longer.
-    head_blocks_ = std::min(model_.kv_heads, quotient_up(2 * threads, rows));
-    all_ = rows * count;
-    states_.grow(all_ * model_.hidden);
-    normed_.grow(all_ * model_.hidden);
-    arranged_.grow(all_ * widest_);
-    arranged_gated_.grow(all_ * widest_);
-    heads_.grow(all_ * heads_stride_);
-    gate_.grow(all_ * intermediate_);
-    inner_.grow(all_ * inner_stride_);
+    all_ = all;
     steps_.clear();
     chunks_.clear();
     const int each = static_cast<int>(all_);

@@ -85,6 +85,20 @@ genarm::Linear linear_of(const py::dict& given) {
   return layer;
 }
 
+// Runs it without the interpreter's lock.
+template <class Work>
+void without_lock(const Work& work) {
+  PyThreadState* const state = PyEval_SaveThread();
+  std::exception_ptr wrong;
+  try {
+    work();
+  } catch (...) {
+    wrong = std::current_exception();
+  }
+  genarm::bindings::take_interpreter(state);
+  if (wrong) std::rethrow_exception(wrong);
+}
+
 // A linear layer as calls take it, made once.
 class Linear {
  public:
@@ -93,10 +107,10 @@ class Linear {
     const genarm::bindings::Executor executor(threads);
     const void* const from = genarm::bindings::pointer<const void>(x);
     void* const to = genarm::bindings::pointer<void>(y);
-    PyThreadState* const state = PyEval_SaveThread();
-    genarm::run_linear(layer_, genarm::kernels_of(isa)->layers, executor.executor, static_cast<genarm_dtype>(dtype),
-                       from, rows, tokens, operands_, to);
-    genarm::bindings::take_interpreter(state);
+    without_lock([&] {
+      genarm::run_linear(layer_, genarm::kernels_of(isa)->layers, executor.executor, static_cast<genarm_dtype>(dtype),
+                         from, rows, tokens, operands_, to);
+    });
   }
 
  private:
@@ -153,15 +167,7 @@ class DecoderStep {
     const auto fed = genarm::bindings::pointer<const int64_t>(tokens),
                at = genarm::bindings::pointer<const int64_t>(lengths);
     const auto out = genarm::bindings::pointer<float>(logits);
-    PyThreadState* const state = PyEval_SaveThread();
-    std::exception_ptr wrong;
-    try {
-      step_.run(executor.executor, fed, at, first, rows, count, last, out);
-    } catch (...) {
-      wrong = std::current_exception();
-    }
-    genarm::bindings::take_interpreter(state);
-    if (wrong) std::rethrow_exception(wrong);
+    without_lock([&] { step_.run(executor.executor, fed, at, first, rows, count, last, out); });
   }
 
  private:

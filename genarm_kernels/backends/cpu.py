@@ -84,10 +84,13 @@ def linear(layer: Linear, operands: int = 1) -> Callable[[Tensor], Tensor] | Non
     """
     if why_unavailable() is not None or unsuited_linear(layer) is not None:
         return None
-    core = _cpu.Linear(layer=_described(layer), operands=operands)
+    # The core has the tensors' addresses: what calls it holds the tensors.
+    core, held = _cpu.Linear(layer=_described(layer), operands=operands), layer
     height, width = layer.weight.shape
 
     def call(x: Tensor) -> Tensor:
+        if x.shape[-1] != held.weight.shape[1]:
+            raise ValueError(f"x: expected [..., {width}], got {list(x.shape)}")
         x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], height))
         tokens = x.shape[1] if x.dim() == 3 else 1
@@ -177,7 +180,7 @@ def unsuited_decoder(decoder: Decoder, keys: Sequence[Tensor], values: Sequence[
         return "its embedding or caches are not contiguous floats in a CPU's memory"
     if not all(x.is_cpu and x.is_contiguous() and x.dtype is torch.float32 for x in floats):
         return "its norms or its rotary embedding are not contiguous float32 in a CPU's memory"
-    return None if _fits(decoder, keys, values) else "the shapes of its parts do not fit together"
+    return None if _fits(decoder, keys, values) else "its parts do not fit together"
 
 
 def _fits(decoder: Decoder, keys: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
@@ -187,7 +190,10 @@ def _fits(decoder: Decoder, keys: Sequence[Tensor], values: Sequence[Tensor]) ->
     def layer_fits(layer: DecoderLayer) -> bool:
         inner = len(layer.gate.weight)
         return (
-            layer.q.weight.shape == (wide, hidden)
+            # x is laid out once for each of these groups, in the order that the weights' type asks for.
+            layer.q.weight.dtype == layer.k.weight.dtype == layer.v.weight.dtype
+            and layer.gate.weight.dtype == layer.up.weight.dtype
+            and layer.q.weight.shape == (wide, hidden)
             and layer.k.weight.shape == layer.v.weight.shape == (narrow, hidden)
             and layer.o.weight.shape == (hidden, wide)
             and layer.gate.weight.shape == layer.up.weight.shape == (inner, hidden)
@@ -257,7 +263,7 @@ class DecoderStep:
         they have: logits `[rows, T, V]`, or with `last` `[rows, 1, V]` after the last tokens alone.
         """
         rows, count = tokens.shape
-        logits = torch.empty(rows, 1 if last else count, self._vocab_size)
+        logits = torch.empty(rows, 1 if last else count, self._vocab_size, dtype=torch.float32, device="cpu")
         self._step(
             tokens=tokens.contiguous(),
             lengths=lengths.contiguous(),

@@ -553,6 +553,27 @@ def test_sums_are_rounded_to_the_nearest(dtype):
         assert same.all(), (isa, values[~same][:5], y[~same][:5], expected[~same][:5])
 
 
+@torch.no_grad()
+def test_a_linear_layer_of_another_width_is_an_error():
+    core = cpu.linear(Linear(torch.ones(5, 16)))
+    assert core is not None
+    with pytest.raises(ValueError, match=r"x: expected \[..., 16\], got \[1, 1, 32\]"):
+        core(torch.ones(1, 1, 32))
+
+
+@torch.no_grad()
+def test_logits_are_float32_whatever_the_default(monkeypatch):
+    step = DecoderStep(*decoder_case(torch.float32, torch.float32, 32, 2), "cpu")
+    fed, lengths = torch.tensor([[1]]), torch.tensor([0, 3])
+    expected = step(fed, lengths)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = step(fed, lengths)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype is torch.float32 and torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("kind", ["gradient", "many rows", "double", "few"])
 def test_the_core_gets_few_rows_without_gradients(kind: str) -> None:
     called = []
@@ -681,10 +702,12 @@ def test_a_decoder_step_names_what_it_cannot_run() -> None:
     for other, own_keys in (
         (decoder._replace(layers=[first._replace(q=first.k), *others]), keys),
         (decoder._replace(norm=Norm(torch.ones(71), 1e-6)), keys),
+        (decoder._replace(layers=[first._replace(k=first.k._replace(weight=first.k.weight.half())), *others]), keys),
+        (decoder._replace(layers=[first._replace(up=first.up._replace(weight=first.up.weight.half())), *others]), keys),
         (decoder, short),
         (decoder, keys[:1]),
     ):
-        with pytest.raises(ValueError, match="the shapes of its parts do not fit together"):
+        with pytest.raises(ValueError, match="its parts do not fit together"):
             DecoderStep(other, own_keys, values, "cpu")
     with pytest.raises(ValueError, match="its norms or its rotary embedding are not contiguous float32"):
         DecoderStep(decoder._replace(sin=decoder.sin.double()), keys, values, "cpu")

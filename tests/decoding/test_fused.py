@@ -81,7 +81,9 @@ def test_bfloat16_is_more_exact_than_torchs_own(tokenizer):
     exact = copy.deepcopy(model).double()
     errors = {}
     for linear in ("auto", "torch"):
-        result = GuidedDecoder(model, tokenizer, linear=linear).generate(PROMPTS, max_new_tokens=24, seed=2)
+        decoder = GuidedDecoder(model, tokenizer, linear=linear)
+        assert kinds(decoder) == ["fused" if linear == "auto" else "torch"]
+        result = decoder.generate(PROMPTS, max_new_tokens=24, seed=2)
         found = []
         for prompt, tokens, logprobs in zip(PROMPTS, result.tokens, result.logprobs, strict=True):
             ids = tokenizer(prompt)["input_ids"]
@@ -132,6 +134,18 @@ def test_a_model_that_is_converted_is_planned_anew(tokenizer):
     assert decoder.generate("abc", max_new_tokens=12, temperature=0.0).tokens == before.tokens
 
 
+def test_norms_that_are_written_to_are_seen(tokenizer):
+    """Which the core has in float32, so that a bfloat16 model's are copies."""
+    model = make_model().bfloat16()
+    decoder = GuidedDecoder(model, tokenizer)
+    before = decoder.generate("abc", max_new_tokens=12, temperature=0.0)
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight.mul_(-3)
+    after = decoder.generate("abc", max_new_tokens=12, temperature=0.0)
+    assert after.tokens != before.tokens
+    assert after.tokens == GuidedDecoder(model, tokenizer).generate("abc", max_new_tokens=12, temperature=0.0).tokens
+
+
 def test_linear_names_what_it_takes(tokenizer):
     with pytest.raises(GenarmError, match="linear: expected 'auto' or 'torch', got 'fast'"):
         GuidedDecoder(make_model(), tokenizer, linear="fast")
@@ -169,6 +183,21 @@ def test_int8_is_shared_with_adapters(tokenizer):
     own = GuidedDecoder(base, tokenizer, {"a": adapter(base, 1)}, quantize="int8", share_weights=False)
     options = {"max_new_tokens": 20, "seed": 5, "temperature": 0.8}
     assert decoder.generate(PROMPTS, **options).tokens == own.generate(PROMPTS, **options).tokens
+
+
+def test_int8_layers_of_one_weight_keep_their_own_biases():
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+            self.b.weight = self.a.weight
+
+    model, x = Two(), torch.randn(2, 4)
+    twin = linears.quantized(model, {})
+    for name in ("a", "b"):
+        assert torch.allclose(getattr(twin, name)(x), getattr(model, name)(x), atol=0.05)
+    # Models such as Mamba ask a layer's weights for their dtype, and give x in it.
+    assert torch.equal(twin.a(x.to(twin.a.weight.dtype)), twin.a(x))
 
 
 def test_int8_names_what_it_cannot_do(tokenizer):

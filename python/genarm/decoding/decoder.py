@@ -419,7 +419,7 @@ def _quantized(how: str, models: list[Any]) -> list[Any]:
         raise GenarmError(f"quantize: expected None or 'int8', got {how!r}")
     if other := {model.device.type for model in models} - {"cpu"}:
         raise GenarmError(f"quantize: 'int8' is for CPUs, got a model on {other.pop()!r}")
-    done: dict[int, Any] = {}
+    done: dict[tuple[int, int], Any] = {}
     return [linears.quantized(model, done) for model in models]
 
 

@@ -171,8 +171,9 @@ class StaticForward:
         if models.decoder is not None:
             decoder = fused.with_positions(models.decoder, models.prefill, length, operands)
             caches = ([layer.keys for layer in self._cache.layers], [layer.values for layer in self._cache.layers])
-            if cpu.unsuited_decoder(decoder, *caches) is None:
-                self._core = cpu.DecoderStep(decoder, *caches)
+            if (reason := cpu.unsuited_decoder(decoder, *caches)) is not None:
+                raise UnsuitedError(reason)
+            self._core = cpu.DecoderStep(decoder, *caches)
 
     def prefill(self, slots: Sequence[int], prompts: Prompts) -> Tensor:
         if self._core is not None and self._core.prefills(max(len(ids) for operands in prompts for ids in operands)):

@@ -54,7 +54,7 @@ def describe(model: Any, sliding_windows: Sequence[int | None]) -> Decoder | Non
     except _UnknownError:
         return None
     attention = stack.layers[0].self_attn
-    nothing = torch.empty(0, attention.head_dim)
+    nothing = torch.empty(0, attention.head_dim, dtype=torch.float32, device="cpu")
     decoder = Decoder(
         embedding=stack.embed_tokens.weight.detach(),
         layers=layers,
@@ -74,7 +74,8 @@ def with_positions(decoder: Decoder, model: Any, length: int, operands: int) -> 
     """For rows of so many operands, with the rotary embedding of the first `length` positions in float32, as the model
     computes it.
     """
-    cos, sin = model.model.rotary_emb(torch.zeros(1), torch.arange(length)[None])
+    x = torch.zeros(1, dtype=torch.float32, device="cpu")
+    cos, sin = model.model.rotary_emb(x, torch.arange(length, device="cpu")[None])
     return decoder._replace(cos=cos[0].float().contiguous(), sin=sin[0].float().contiguous(), operands=operands)
 
 

@@ -32,15 +32,20 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight, scales = quantize_int8(linear.weight)
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.in_features, self.out_features, self._dtype = linear.in_features, linear.out_features, linear.weight.dtype
+        int8, scales = quantize_int8(linear.weight)
+        self.int8 = nn.Parameter(int8, requires_grad=False)
         self.bias = linear.bias
         self.scales: Tensor
         self.register_buffer("scales", scales)
 
+    @property
+    def weight(self) -> Tensor:
+        """What they stand for, in the dtype of before: some models ask for that."""
+        return (self.int8 * self.scales[:, None]).to(self._dtype)
+
     def forward(self, x: Tensor) -> Tensor:
-        return cpu.many_rows(x, self.weight, self.bias, self.scales)
+        return cpu.many_rows(x, self.int8, self.bias, self.scales)
 
 
 class SharedLinear(nn.Module):
@@ -72,13 +77,14 @@ class SharedLinear(nn.Module):
         # Out of the modules, whose calls and lookups a CPU feels at every layer of every step.
         call = linear.forward if plain else linear
         by_core = None
-        if core and (plain or type(linear) is Int8Linear) and linear.weight.is_cpu:
+        int8 = type(linear) is Int8Linear
+        if core and (int8 or (plain and linear.weight.is_cpu)):
             # An alias: should the model be moved, the core has an address that is still its own.
-            weight = self._buffer("core_weight", linear.weight.detach())
+            weight = self._buffer("core_weight", (linear.int8 if int8 else linear.weight).detach())
             bias = None if linear.bias is None else self._buffer("core_bias", linear.bias.detach().float())
             self.layer = Linear(weight, bias, getattr(linear, "scales", None), own)
             by_core = cpu.linear(self.layer, self.operands)
-            call = cpu.many_rows_of(linear.weight, linear.bias, self.layer.scales)
+            call = cpu.many_rows_of(linear.int8 if int8 else linear.weight, linear.bias, self.layer.scales)
         self._shared = SharedLayer(call, own, self.operands, whole, by_core)
 
     def _buffer(self, name: str, tensor: Tensor) -> Tensor:
@@ -110,9 +116,9 @@ def replace_linears(model: Any) -> None:
                     setattr(parent, name, SharedLinear(child))
 
 
-def quantized(model: Any, done: dict[int, tuple[Tensor, Int8Linear]]) -> Any:
-    """A twin of the model whose linear layers are int8. `done`: those made so far, by the identity of their weights,
-    so that an ARM which shares its base's weights shares these too.
+def quantized(model: Any, done: dict[tuple[int, int], tuple[nn.Linear, Int8Linear]]) -> Any:
+    """A twin of the model whose linear layers are int8. `done`: those made so far, by the identity of their weights and
+    biases, so that an ARM which shares its base's layers shares these too.
     """
     twin = loading.twin(model)
     for parent in list(twin.modules()):
@@ -120,7 +126,8 @@ def quantized(model: Any, done: dict[int, tuple[Tensor, Int8Linear]]) -> Any:
             continue
         for name, child in parent.named_children():
             if type(child) is nn.Linear:
-                if id(child.weight) not in done:
-                    done[id(child.weight)] = child.weight, Int8Linear(child)
-                setattr(parent, name, done[id(child.weight)][1])
+                key = id(child.weight), id(child.bias)
+                if key not in done:
+                    done[key] = child, Int8Linear(child)
+                setattr(parent, name, done[key][1])
     return twin

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from genarm_kernels.backends import cpu
 
@@ -98,7 +99,7 @@ class Provider:
         self._granularity = _GRANULARITY.get(self._device.type, _GRANULARITY_ELSEWHERE)
         self._cuda_graph = options.cuda_graph and self._device.type == "cuda"  # until a model cannot be captured
         self._passes: list[Pass] | None = None
-        self._addresses: list[int] = []
+        self._seen: list[Any] = []  # of the parameters, when the passes were planned
         self._why: dict[str, str] = {}  # a model has no static caches
         self._kept: Engine | None = None
         self._kept_is_full = False  # memory gave it fewer slots than were asked for
@@ -172,11 +173,12 @@ class Provider:
         """Decided once for models that stay where they are: which ARMs share the base's pass, and whether static caches
         work in every model.
         """
-        # A CPU's core reads weights by their addresses, which change when a model is moved or converted.
+        # A CPU's core reads matrices by their addresses, which change when a model is moved or converted, and has norms
+        # and biases in float32, which are others when the model's have been written to.
         parameters = [x for model in self._models.values() for x in model.parameters()]
-        addresses = [x.data_ptr() if type(x) is torch.nn.Parameter else id(x) for x in parameters]
-        if self._passes is None or addresses != self._addresses:
-            self._kept, self._passes, self._addresses = None, self._plan(), addresses
+        seen = [_address(x) if x.dim() > 1 else (_address(x), _version(x)) for x in parameters]
+        if self._passes is None or seen != self._seen:
+            self._kept, self._passes, self._seen = None, self._plan(), seen
         return self._passes
 
     @property
@@ -274,6 +276,14 @@ def _joint(
         found or "its logits differ there",
     )
     return None
+
+
+def _address(x: Tensor) -> int:
+    return x.data_ptr() if type(x) is torch.nn.Parameter else id(x)
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
 
 
 def _free_bytes(device: torch.device) -> int | None:
