@@ -18,10 +18,12 @@ from genarm.benchmark import speed as benchmark
 from genarm.cli.app import app
 from genarm.decoding import checks
 from genarm.decoding.engine import Engine
+from genarm.decoding.forwards import StaticForward
 from test_decoder import byte_tokenizer, make_model
 
 TINY = {"model_type": "llama", "vocab_size": 300, **benchmark._sizes(32, 64, 2, 2)}
 ON_A_CPU = ["transformers", "naive", "base", "genarm", "no-graph", "no-streams", "neither", "separate"]
+ON_A_CPU += ["torch-linear", "int8-base"]
 
 
 @pytest.fixture(autouse=True)
@@ -38,18 +40,24 @@ FORWARD, DRAW = 30e-6, 10e-6
 def clock(monkeypatch):
     """In place of the machine's, whose load would be measured too: a forward takes FORWARD, a draw of ours DRAW."""
     clock = SimpleNamespace(now=0.0, draw=DRAW)
-    forward, draw = LlamaForCausalLM.forward, Engine._draw
+    draw = Engine._draw
 
-    @functools.wraps(forward)
-    def timed_forward(*args, **kwargs):
-        clock.now += FORWARD
-        return forward(*args, **kwargs)
+    def timed(forward):
+        @functools.wraps(forward)
+        def call(*args, **kwargs):
+            begun = clock.now
+            outputs = forward(*args, **kwargs)
+            clock.now = begun + FORWARD  # whatever forwards it has called
+            return outputs
+
+        return call
 
     def timed_draw(*args):
         clock.now += clock.draw
         return draw(*args)
 
-    monkeypatch.setattr(LlamaForCausalLM, "forward", timed_forward)
+    for kind, name in ((LlamaForCausalLM, "forward"), (StaticForward, "prefill"), (StaticForward, "step")):
+        monkeypatch.setattr(kind, name, timed(getattr(kind, name)))
     monkeypatch.setattr(Engine, "_draw", timed_draw)
     monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     return clock
@@ -72,18 +80,22 @@ def test_every_method_is_measured(tmp_path, capsys):
     assert paths["transformers"] is paths["naive"] is None
     assert paths["genarm"] == [
         {"model": model, "path": "static", "why": None, "shared": shared, "compiled": False, "captured": False}
+        | {"linear": "fused"}
         for model, shared in {"the base": False, "ARM 'arm1'": False, "ARM 'arm2'": True}.items()
     ]
+    assert {path["linear"] for path in paths["torch-linear"]} == {"torch"}
     assert not any(path["shared"] for path in paths["separate"]) and len(paths["base"]) == 1
     out = capsys.readouterr().out
     assert "paper, batch 1: not measured: No module named 'model_arithmetic'" in out
-    forwards = {"transformers": 1, "naive": 3, "base": 1, "separate": 3}
+    forwards = {"transformers": 1, "naive": 3, "base": 1, "separate": 3, "int8-base": 1}
     layer = 4 * 32 * 32 + 2 * 32
     base, wide = (2 * (layer + 3 * 32 * size) + 32 + 32 * 300 for size in (64, 640))
     lora = 2 * 2 * (4 * (32 + 32) + 3 * (32 + 64))
     for one in results:
         # bfloat16, but float32 adapters; all weights less input embeddings.
-        weights = {"transformers": 2 * base, "base": 2 * base}.get(one.method, 2 * (base + wide) + 4 * lora)
+        norms = 2 * 2 * 32 + 32
+        alone = {"transformers": 2 * base, "base": 2 * base, "int8-base": base + norms}
+        weights = alone.get(one.method, 2 * (base + wide) + 4 * lora)
         weights += 2 * base if one.method == "separate" else 0
         forward = FORWARD * forwards.get(one.method, 2)
         draw = 0 if one.method in ("transformers", "naive") else DRAW

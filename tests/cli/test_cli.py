@@ -669,7 +669,8 @@ def start(root: Path, line: str, **options: Any) -> subprocess.Popen[str]:
 
 
 KILLED = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job of a shell's background inherits ignored
 from genarm.cli import app as cli
 from genarm.cli import results_file
 append = results_file.Results.append

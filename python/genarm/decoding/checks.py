@@ -98,6 +98,9 @@ def differs(models: StaticModels, shapes: Sequence[LayerShape], alone: Sequence[
     longest = _lengths(alone)[-1] + 2 + _STEPS + len(alone)
     length = -(-longest // 16) * 16
     forward = StaticForward(models, shapes, slots=3, length=length, operands=len(alone))
+    if models.kind == "fused" and _differs(forward, alone, batched=True, covered=length):
+        return True
+    forward.pads_prompts = True  # as long ones are, also where steps are fused
     return _differs(forward, alone, batched=True, covered=length)
 
 

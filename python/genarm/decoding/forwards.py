@@ -168,6 +168,8 @@ class StaticForward:
         self._starts = torch.arange(slots * operands, device=self.device) * length
         self._columns = torch.arange(length, device=self.device)
         self._core: cpu.DecoderStep | None = None
+        self.pads_prompts = False
+        """Whether short prompts too go through `models.prefill`, padded: for the check of it."""
         if models.decoder is not None:
             decoder = fused.with_positions(models.decoder, models.prefill, length, operands)
             caches = ([layer.keys for layer in self._cache.layers], [layer.values for layer in self._cache.layers])
@@ -176,7 +178,8 @@ class StaticForward:
             self._core = cpu.DecoderStep(decoder, *caches)
 
     def prefill(self, slots: Sequence[int], prompts: Prompts) -> Tensor:
-        if self._core is not None and self._core.prefills(max(len(ids) for operands in prompts for ids in operands)):
+        longest = max(len(ids) for operands in prompts for ids in operands)
+        if self._core is not None and self._core.prefills(longest) and not self.pads_prompts:
             return self._prefill_by_core(self._core, slots, prompts)
         ids, mask, places = _left_padded([ids for operands in prompts for ids in operands])
         where = torch.tensor([slot * self.operands + i for slot in slots for i in range(self.operands)])
