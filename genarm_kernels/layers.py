@@ -67,7 +67,6 @@ class Decoder(NamedTuple):
     attention_scale: float
     activation: str = "silu"
     """"silu" or "gelu_tanh"."""
-    embedding_scale: float = 1.0
     operands: int = 1
     """1 + N: row m belongs to operand m % operands; 0 is the base, the others are ARMs (`Linear.parts`)."""
 

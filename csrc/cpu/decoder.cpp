@@ -191,22 +191,20 @@ class DecoderStep::Run {
   };
 
   void plan(int64_t rows, int64_t count, bool last, int64_t threads) {
-    // Two parts of a row for each thread, or fewer where there are more rows: what is read in one go is longer.
-    head_blocks_ = std::min(model_.kv_heads, quotient_up(2 * threads, rows));
-    const int64_t all = rows * count;
-    states_.grow(all * model_.hidden);
-    normed_.grow(all * model_.hidden);
-    arranged_.grow(all * widest_);
-    arranged_gated_.grow(all * widest_);
-    heads_.grow(all * heads_stride_);
-    gate_.grow(all * intermediate_);
-    inner_.grow(all * inner_stride_);
-    // Only now: memory may have run out.
+    threads_ = 0;  // until all is made: memory may run out, and the next call is to plan anew
     rows_ = rows;
     count_ = count;
     last_ = last;
-    threads_ = threads;
-    all_ = all;
+    all_ = rows * count;
+    // Two parts of a row for each thread, or fewer where there are more rows: what is read in one go is longer.
+    head_blocks_ = std::min(model_.kv_heads, quotient_up(2 * threads, rows));
+    states_.grow(all_ * model_.hidden);
+    normed_.grow(all_ * model_.hidden);
+    arranged_.grow(all_ * widest_);
+    arranged_gated_.grow(all_ * widest_);
+    heads_.grow(all_ * heads_stride_);
+    gate_.grow(all_ * intermediate_);
+    inner_.grow(all_ * inner_stride_);
     steps_.clear();
     chunks_.clear();
     const int each = static_cast<int>(all_);
@@ -230,6 +228,7 @@ class DecoderStep::Run {
     add(Kind::kLastNorm, 0, static_cast<int>(wanted));
     add(Kind::kProjectHead, 0, head_->project_chunks(wanted));
     add(Kind::kHead, 0, head_->chunks());
+    threads_ = threads;
   }
 
   void add(Kind kind, size_t layer, int chunks) {
@@ -294,13 +293,9 @@ class DecoderStep::Run {
 
   void embed(int64_t row) {
     const int64_t token = tokens_[row];
-    float* const state = states_.data() + row * model_.hidden;
     const char* const from = static_cast<const char*>(model_.embedding);
     kernels_.widen(model_.embedding_type, from + token * model_.hidden * size_of(model_.embedding_type), model_.hidden,
-                   state);
-    if (model_.embedding_scale != 1) {
-      for (int64_t i = 0; i < model_.hidden; ++i) state[i] *= model_.embedding_scale;
-    }
+                   states_.data() + row * model_.hidden);
   }
 
   void normalise(int64_t from, int64_t row, const Norm& norm, WeightType type) {

@@ -71,7 +71,7 @@ struct Decoder {
   genarm_dtype caches;  // their type
   WeightType embedding_type;
   const void* embedding;  // [V, hidden]
-  float embedding_scale, attention_scale;
+  float attention_scale;
   Activation activation;
   const float *cos, *sin;  // [length, head_size]
   std::vector<DecoderLayer> layers;

@@ -139,7 +139,6 @@ genarm::Decoder decoder_of(const py::dict& given) {
   decoder.caches = static_cast<genarm_dtype>(number("cache_type"));
   decoder.embedding_type = static_cast<genarm::WeightType>(number("embedding_type"));
   decoder.embedding = genarm::bindings::pointer<const void>(given["embedding"]);
-  decoder.embedding_scale = given["embedding_scale"].cast<float>();
   decoder.attention_scale = given["attention_scale"].cast<float>();
   decoder.activation = static_cast<genarm::Activation>(number("activation"));
   decoder.cos = floats("cos");

@@ -233,7 +233,6 @@ class DecoderStep:
                 "cache_type": compiled.DTYPES[keys[0].dtype],
                 "embedding_type": _WEIGHT_TYPES[decoder.embedding.dtype],
                 "embedding": decoder.embedding,
-                "embedding_scale": decoder.embedding_scale,
                 "attention_scale": decoder.attention_scale,
                 "activation": _ACTIVATIONS.index(decoder.activation),
                 "cos": decoder.cos,

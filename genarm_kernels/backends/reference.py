@@ -83,7 +83,7 @@ def decoder_step(
         # What no token looks at may be anything, NaN too.
         return torch.einsum("rhtc,rchd->rthd", weights, v.nan_to_num()).flatten(2)
 
-    x = decoder.embedding[tokens.repeat_interleave(decoder.operands, 0)].to(dtype) * decoder.embedding_scale
+    x = decoder.embedding[tokens.repeat_interleave(decoder.operands, 0)].to(dtype)
     for layer, *cached in zip(decoder.layers, keys, values, strict=True):
         x = x + linear(layer.o, attention(layer, normed(layer.attention_norm, x), (cached[0], cached[1])))
         n = normed(layer.mlp_norm, x)

@@ -659,7 +659,7 @@ def decoder_case(weights: torch.dtype, caches: torch.dtype, head_size: int, kv_h
     [
         (3, 1, 32, 4, {}),
         (1, 2, 16, 1, {"activation": "gelu_tanh"}),
-        (2, 3, 80, 2, {"embedding_scale": 1.5}),
+        (2, 3, 80, 2, {}),
     ],
 )
 @torch.no_grad()

@@ -97,14 +97,16 @@ def test_a_file_has_the_weights_in_their_precision(dtype, quantize, kind, tmp_pa
 
 @needs_llama_cpp
 def test_it_is_measured_beside_the_others(tiny, capsys):
-    alone, guided, _ = bench(device="cpu", methods=["llama.cpp-base", "llama.cpp", "base"])
-    assert [(one.method, one.batch, one.new_tokens) for one in (alone, guided)] == [
+    alone, guided, rounded, _ = bench(device="cpu", methods=["llama.cpp-base", "llama.cpp", "llama.cpp-int8", "base"])
+    assert [(one.method, one.batch, one.new_tokens) for one in (alone, guided, rounded)] == [
         ("llama.cpp-base", 2, 5),
         ("llama.cpp", 2, 5),
+        ("llama.cpp-int8", 2, 5),
     ]
-    weights = 2 * (2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32 + 32 * 300)  # bfloat16, less input embeddings
-    for one, models in ((alone, 1), (guided, 2)):
-        floor_ms = 1e3 * models * weights / 10e9
+    norms, matrices = 2 * 2 * 32 + 32, 2 * (4 * 32 * 32 + 3 * 32 * 64) + 32 * 300  # less input embeddings
+    bfloat16, int8 = 2 * (matrices + norms), matrices + 2 * norms
+    for one, weights in ((alone, bfloat16), (guided, 2 * bfloat16), (rounded, 2 * int8)):
+        floor_ms = 1e3 * weights / 10e9
         assert one.percent_of_floor == pytest.approx(100 * floor_ms / one.step_ms, abs=0.06)
         assert one.paths is one.outside_percent is None
     assert "│ llama.cpp-base │" in capsys.readouterr().out  # though the table is narrow

@@ -8,13 +8,14 @@ import torch
 from genarm import GenarmError, GuidedDecoder, bundled, world
 from genarm.decoding import fused, linears
 from genarm_kernels import available_backends
+from genarm_kernels.backends import cpu
 from genarm_kernels.layers import quantize_int8
 from test_batching import adapter
 from test_decoder import PROMPTS, byte_tokenizer, make_model
 
 pytestmark = [
     pytest.mark.versions,
-    pytest.mark.skipif("cpu" not in available_backends(), reason="no CPU core"),
+    pytest.mark.skipif("cpu" not in available_backends(), reason=f"no CPU core: {cpu.why_unavailable()}"),
 ]
 BIASED = {"attention_bias": True, "mlp_bias": True}
 FUSED = {

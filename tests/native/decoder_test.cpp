@@ -67,7 +67,6 @@ struct Model {
     decoder.caches = GENARM_BFLOAT16;
     decoder.embedding_type = WeightType::kBFloat16;
     decoder.embedding = bfloat16(kVocab * kHidden);
-    decoder.embedding_scale = 1;
     decoder.attention_scale = 0.25f;
     decoder.cos = numbers(kLength * kHeadSize);
     decoder.sin = numbers(kLength * kHeadSize);

@@ -73,11 +73,12 @@ METHODS = {
     "int8-base": "genarm without ARMs, quantize='int8'",
     "llama.cpp": "llama.cpp, where llama-cpp-python is installed: a context for each model; CPU",
     "llama.cpp-base": "llama.cpp without ARMs",
+    "llama.cpp-int8": "llama.cpp in its Q8_0",
 }
 DEFAULT_METHODS = ("transformers", "naive", "base", "genarm")
 # Loops that wait for the host at every step run to fewer tokens: their steps cost the same, and take long.
 SLOW, SLOW_TOKENS = ("transformers", "naive", "paper"), 64
-OTHERS = (*SLOW, "llama.cpp", "llama.cpp-base")
+OTHERS = (*SLOW, "llama.cpp", "llama.cpp-base", "llama.cpp-int8")
 """Loops that are not ours."""
 ALONE = ("transformers", "base", "int8-base", "llama.cpp-base")
 """Methods without ARMs."""
@@ -226,7 +227,7 @@ class _Bench:
             for parameter in model.parameters():
                 if id(parameter) not in skipped:
                     key = id(parameter) + (copy << 64 if method == "separate" else 0)
-                    int8 = method.startswith("int8") and parameter.dim() == 2
+                    int8 = "int8" in method and parameter.dim() == 2
                     seen[key] = parameter.numel() if int8 else parameter.nbytes
         return sum(seen.values())
 
@@ -279,9 +280,10 @@ class _Bench:
             yield lambda new: naive.generate(self._base, self._tokenizer, prompts, arms, new, top_k=0, **SAMPLING), None
         elif method == "paper":
             yield self._paper(prompts), None
-        elif method in ("llama.cpp", "llama.cpp-base"):
+        elif method.startswith("llama.cpp"):
             ids = self._tokenizer(prompts)["input_ids"]
-            with llama_cpp.generation([self._base, *own_arms.values()], ids, self._new_tokens, **SAMPLING) as run:
+            models_, int8 = [self._base, *own_arms.values()], "int8" in method
+            with llama_cpp.generation(models_, ids, self._new_tokens, **SAMPLING, quantize=int8) as run:
                 yield run, None
         else:
             every: dict[str, dict[str, Any]] = {

@@ -297,7 +297,7 @@ def bench(
         typer.Option(
             help="Repeatable: transformers, naive, paper, base, genarm; genarm with a switch: no-graph, no-streams, "
             "neither, separate, compile; on a CPU: torch-linear, int8, int8-base, and where it is installed llama.cpp, "
-            "llama.cpp-base."
+            "llama.cpp-base, llama.cpp-int8."
         ),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Of which the median counts.")] = 3,

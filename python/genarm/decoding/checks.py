@@ -81,7 +81,7 @@ def _tried(
     make: Callable[[str], Any], shapes: Sequence[LayerShape], alone: Sequence[Any], linear: str
 ) -> StaticModels | None:
     models = StaticModels(make(linear), shapes, linear)
-    return None if models.kind != linear or differs(models, shapes, alone) else models
+    return None if differs(models, shapes, alone) else models
 
 
 def plain_kind(model: Any) -> PlainKind:

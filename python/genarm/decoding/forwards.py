@@ -264,11 +264,11 @@ class StaticModels:
         self.compiled = False
         self.kind = linear
         """Whose linear layers a step has, see `ModelPath.linear`."""
+        self.prefill = self._twin(model)
         self.decoder = None
         if self.kind == "fused":
-            self.decoder = fused.describe(model, [shape.sliding_window for shape in shapes])
+            self.decoder = fused.describe(self.prefill, [shape.sliding_window for shape in shapes])
             self.kind = "core" if self.decoder is None else "fused"
-        self.prefill = self._twin(model)
         if head := self.prefill.get_output_embeddings():
             # On a CPU torch copies the head's weights, a row at a time, for strided states: the last column of many.
             # A clone even of a single row, which counts as contiguous and is copied for all the same.

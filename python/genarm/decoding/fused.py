@@ -16,7 +16,9 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh
 
 
 def describe(model: Any, sliding_windows: Sequence[int | None]) -> Decoder | None:
-    """The model by its parts, with tables of no positions; None where it is none that is known, or was changed."""
+    """A model whose linear layers are the core's (`replace_linears`), by its parts, with tables of no positions; None
+    where it is none that is known, or was changed.
+    """
     known = type(model).__name__ in _MODELS and type(model).__module__.startswith("transformers.models.")
     if not known or not transformers_api.rope(model).constant or any(map(is_altered, model.modules())):
         return None
@@ -25,9 +27,7 @@ def describe(model: Any, sliding_windows: Sequence[int | None]) -> Decoder | Non
         return None
 
     def linear(layer: Any) -> Linear:
-        if not isinstance(layer, SharedLinear):
-            layer = SharedLinear(layer)
-        if layer.layer is None:
+        if not isinstance(layer, SharedLinear) or layer.layer is None:
             raise _UnknownError
         return layer.layer
 
